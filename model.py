@@ -259,10 +259,9 @@ class SyncBatchNorm(nn.Module):
 
 def ssl_head(c):
     """SimCLR's projection head in SLIP's form (4096-4096-256): class token (B, D) -> z (B, 256)."""
-    return nn.Sequential(
-        nn.Linear(c.width, c.ssl_hidden), SyncBatchNorm(c.ssl_hidden), nn.ReLU(),
-        nn.Linear(c.ssl_hidden, c.ssl_hidden), SyncBatchNorm(c.ssl_hidden), nn.ReLU(),
-        nn.Linear(c.ssl_hidden, c.ssl_dim))
+    def layer(width):  # no bias: the norm would take it away
+        return nn.Linear(width, c.ssl_hidden, bias=False), SyncBatchNorm(c.ssl_hidden), nn.ReLU()
+    return nn.Sequential(*layer(c.width), *layer(c.ssl_hidden), nn.Linear(c.ssl_hidden, c.ssl_dim))
 
 
 # ---------------------------------------------------------------- the six methods
