@@ -71,9 +71,10 @@ class TrainConfig:
 
 # What a data set changes.  A path takes demo's recipe with --model tiny (its default), else cc3m's.
 RECIPES = dict(
-    # Our choice: two CPU cores, about 600 steps; the crop keeps small objects smaller than large ones.
+    # Our choice: two CPU cores, about 600 steps.  The crop keeps small objects smaller than large ones.  Blocks of 75 %
+    # of 8 x 8 patches leave the rim, and nobody can tell from it what is drawn in the middle: random masks.
     demo=dict(model="tiny", epochs=2, batch_size=64, lr=1e-3, weight_decay=0.1, warmup_epochs=0.2, crop_min=0.7,
-              vocab_size=2048, ema_start=0.99, ema_end=0.99),
+              vocab_size=2048, mask="random", ema_start=0.99, ema_end=0.99),
     cc3m=dict(epochs=40),      # SLIP
     cc12m=dict(epochs=35),     # SLIP
     yfcc15m=dict(epochs=25),   # paper
