@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # signals that end a run in good order
 # What Pillow's decoders are known to raise on damaged or hostile files.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -114,14 +115,14 @@ def _rotation(turn):
     return np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
 
 
-def draw_scene(rng, count, classes, side=64):
+def draw_scene(rng, count, classes):
     """Draw `count` objects of the given classes on a ground.
 
-    -> picture (RGB, side x side), labels (L, 0 = ground, else 1 + number in CLASSES), objects (dicts), ground's name
+    -> picture (RGB, 64 x 64), labels (L, 0 = ground, else 1 + number in CLASSES), objects (dicts), ground's name
     """
     objects, ground = _place(rng, count, classes), str(rng.choice(GROUNDS))
-    k = 2 * side / 64  # drawn at twice the size, then halved: smooth edges
-    picture, labels = _ground(ground, 2 * side, rng), Image.new("L", (side, side))
+    k = 2  # drawn at twice the size, then halved: smooth edges
+    picture, labels = _ground(ground, 64 * k, rng), Image.new("L", (64, 64))
     for o in objects:
         colour, shape = o["name"].split()
         tone = (np.array(COLOURS[colour]) + rng.uniform(-18, 18, 3)).clip(0, 255)
@@ -134,8 +135,8 @@ def draw_scene(rng, count, classes, side=64):
         _draw_shape(stencil, o, k, 255)
         picture.paste(Image.fromarray(np.where(pattern[..., None], other, tone).astype(np.uint8)), (x0, y0),
                       stencil.crop((x0, y0, x1, y1)))
-        _draw_shape(labels, o, side / 64, 1 + CLASSES.index(o["name"]))
-    return picture.resize((side, side), Image.BOX), labels, objects, ground
+        _draw_shape(labels, o, 1, 1 + CLASSES.index(o["name"]))
+    return picture.resize((64, 64), Image.BOX), labels, objects, ground
 
 
 def describe(objects, ground, rng, full=False):
@@ -199,20 +200,24 @@ def draw_demo(folder, shards=20, shard_size=1000, seed=0):
     folder = Path(folder)
     stamp = dict(demo=DEMO_VERSION, shards=shards, shard_size=shard_size, seed=seed)
     stamp_file = folder / "demo.json"
-    if stamp_file.is_file() and json.loads(stamp_file.read_text("utf-8")) == stamp:
+
+    def drawn():
+        return stamp_file.is_file() and json.loads(stamp_file.read_text("utf-8")) == stamp
+    if drawn():
         return folder
     if folder.exists() and not stamp_file.is_file():
         raise FileExistsError(f"{folder} exists and was not drawn by this program: move it away, or use another --root")
     part = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         (part / "train").mkdir(parents=True)
-        with ProcessPoolExecutor(min(shards, os.cpu_count() or 1), initializer=ignore_interrupt) as pool:
+        with ProcessPoolExecutor(min(shards, os.cpu_count() or 1), initializer=ignore_stops) as pool:
             draw = partial(_draw_shard, part / "train", seed, size=shard_size)
             list(tqdm(pool.map(draw, range(shards)), "drawing the demo world", shards, disable=None, leave=False))
         _draw_tests(part, seed)
         (part / "demo.json").write_text(json.dumps(stamp), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        if not drawn():  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -288,6 +293,10 @@ class Shards:
                             images[key] = place
                         elif suffix == "txt" or suffix == "json" and key not in captions:
                             captions[key] = (*place, suffix == "json")
+                with open(path, "rb") as file:  # tarfile ends in silence at a header that is cut off or spoilt
+                    file.seek(tar.offset)
+                    if file.read(512) != bytes(512):
+                        raise tarfile.ReadError(f"no further header at byte {tar.offset}, nor an end of the archive")
             except (tarfile.ReadError, EOFError) as error:
                 self.damage.append(f"{path} is damaged ({error}): the pairs before the damage are used")
             rows += [(number, *place, *captions[key]) for key, place in images.items() if key in captions]
@@ -401,8 +410,14 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 # ---------------------------------------------------------------- masks: True = hidden from the student
 
+def _check_ratio(ratio):
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the share of hidden patches must be from 0 to 1, not {ratio}")
+
+
 def random_mask(n_patches, ratio, rng):
     """Hide exactly round(ratio * n_patches) patches drawn at random (the paper, MAE).  -> bool (n_patches,)"""
+    _check_ratio(ratio)
     mask = np.zeros(n_patches, bool)
     mask[rng.permutation(n_patches)[:round(ratio * n_patches)]] = True
     return mask
@@ -414,6 +429,7 @@ def block_mask(grid, ratio, rng):
     Blocks of random area and aspect are laid on the grid until enough is hidden; what the last one hid too much is
     shown again, from its bottom right corner.
     """
+    _check_ratio(ratio)
     rows, columns = grid
     hidden, mask = round(ratio * rows * columns), np.zeros(grid, bool)
     smallest = rows * columns * 16 / 196  # BEiT: 16 of 196 patches
@@ -503,9 +519,10 @@ def _mlm_mask(length, ratio, rng):
     return mask
 
 
-def ignore_interrupt(*_):
-    """Ctrl-C reaches worker processes too: the main process answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_stops(*_):
+    """Ctrl-C and schedulers signal worker processes too: the main process answers."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class GlobalBatches(torch.utils.data.Sampler):
@@ -556,7 +573,8 @@ def picture_files(folder):
 def karpathy(folder):
     """The test pairs of a folder with a Karpathy json.  -> paths of pictures, sentences, picture of each sentence
 
-    The json is karpathy.json or dataset.json or the only *.json; pictures lie in images/, or beside it.
+    The json is karpathy.json or dataset.json: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}, with
+    "filepath" (COCO) a folder under images/.  Raises FileNotFoundError without one, ValueError for another format.
     """
     folder = Path(folder)
     file = next((f for f in (folder / "karpathy.json", folder / "dataset.json") if f.is_file()), None)
@@ -564,12 +582,14 @@ def karpathy(folder):
         raise FileNotFoundError(f"no karpathy.json or dataset.json in {folder.resolve()}: a retrieval set is a folder "
                                 "with that file (Karpathy's format) and its pictures in images/")
     paths, texts, owners = [], [], []
-    for image in json.loads(file.read_text("utf-8"))["images"]:
-        if image["split"] == "test":
-            path = folder / "images" / image.get("filepath", "") / image["filename"]
-            owners += [len(paths)] * len(image["sentences"])
-            texts += [sentence["raw"] for sentence in image["sentences"]]
-            paths.append(path)
+    try:
+        for image in json.loads(file.read_text("utf-8"))["images"]:
+            if image["split"] == "test":
+                owners += [len(paths)] * len(image["sentences"])
+                texts += [sentence["raw"] for sentence in image["sentences"]]
+                paths.append(folder / "images" / image.get("filepath", "") / image["filename"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a Karpathy json ({type(error).__name__}: {error})") from error
     if not paths:
         raise ValueError(f"{file} has no picture of split 'test'")
     return paths, texts, owners

@@ -50,10 +50,17 @@ def read_checkpoint(path):
 
 
 def load_model(path):
-    """A checkpoint of train.py -> (model in eval mode, tokenizer; None for methods without text)."""
+    """A checkpoint of train.py -> (model in eval mode, tokenizer; None for methods without text).
+
+    Raises FileNotFoundError, or ValueError for what is no checkpoint, is damaged, or is of another version.
+    """
     state = read_checkpoint(path)
-    model = models.build(models.ModelConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    try:
+        model = models.build(models.ModelConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not fit this version of model.py: {why}") from error
     return model.eval(), saved_tokenizer(state) if hasattr(model, "text") else None
 
 
@@ -71,21 +78,19 @@ def _device(model):
 class _Pictures(torch.utils.data.Dataset):
     """Picture files -> uint8 pixels (H, W, 3), by the evaluation view."""
 
-    def __init__(self, paths, size, resample=Image.BICUBIC):
-        self.paths, self.size, self.resample = paths, size, resample
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return torch.from_numpy(np.array(self.open(i)))
-
-    def open(self, i):
-        """-> RGB picture, size x size.  Raises ValueError that names the file: no test picture is ever left out."""
+        """Raises ValueError that names the file where it cannot be read: no test picture is ever left out."""
         try:
-            return data.center_crop(data.decode(Path(self.paths[i]).read_bytes()), self.size, self.resample)
+            image = data.decode(Path(self.paths[i]).read_bytes())
         except data.BAD_IMAGE as error:
             raise ValueError(f"cannot read the test picture {self.paths[i]}: {error}") from error
+        return torch.from_numpy(np.array(data.center_crop(image, self.size)))
 
 
 @torch.no_grad()
@@ -125,7 +130,8 @@ def zeroshot_classifier(model, tokenizer, classnames, templates):
 def templates_of(folder):
     """The lines of the set's own templates.txt, or TEMPLATES."""
     file = Path(folder) / "templates.txt"
-    return [line for line in file.read_text("utf-8").splitlines() if line] if file.is_file() else TEMPLATES
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [line for line in lines if line.strip()] or TEMPLATES
 
 
 # ---------------------------------------------------------------- metrics: tensors or arrays -> float in [0, 1]
@@ -149,6 +155,8 @@ def map_11point(scores, targets):
     scores are one cut.  At recall 0 the precision is 1 by definition (scikit-learn's last point of the curve).
     """
     means = []
+    if not torch.as_tensor(targets).any(0).all():
+        raise ValueError("11-point mAP needs a positive example of every class")
     for score, target in zip(torch.as_tensor(scores).double().T, torch.as_tensor(targets).double().T):
         score, order = score.sort(descending=True)
         hits = target[order].cumsum(0)
@@ -218,7 +226,7 @@ def retrieval(model, tokenizer, folder):
                 chance=1 / len(paths), over=f"{len(paths)} pictures, {len(texts)} texts")
 
 
-def dense(model, tokenizer, folder, encode=None):
+def dense(model, tokenizer, folder):
     """Patch-word segmentation: each pixel goes to the class whose words are nearest to its patch.
 
     folder/{images,labels}/ hold pictures and label pictures of the same names; label 0 is left out, k is line k of
@@ -233,7 +241,7 @@ def dense(model, tokenizer, folder, encode=None):
     if not paths:
         raise FileNotFoundError(f"no pictures in {folder / 'images'}")
     classifier = zeroshot_classifier(model, tokenizer, names, templates_of(folder))
-    features = F.normalize(encode_pictures(encode or model.encode_patches, paths, model), dim=2)    # (n, N, E)
+    features = F.normalize(encode_pictures(model.encode_patches, paths, model), dim=2)    # (n, N, E)
     side, size = model.config.grid, model.config.image_size
     confusion = torch.zeros(len(names), len(names), dtype=torch.long)
     for path, rows in zip(paths, features):
@@ -248,7 +256,7 @@ def dense(model, tokenizer, folder, encode=None):
                                     minlength=confusion.numel()).view_as(confusion)
     return dict(scores={"mIoU": mean_iou(confusion),
                         "pixel accuracy": (confusion.trace() / confusion.sum()).item()},
-                chance=1 / len(names), over=f"{len(paths)} pictures, {len(names)} classes")
+                chance=1 / (2 * len(names) - 1), over=f"{len(paths)} pictures, {len(names)} classes")
 
 
 def mean_iou(confusion):
@@ -306,7 +314,7 @@ def heatmap(model, tokenizer, image, caption, path, side=224):
     """Write a PNG: the picture, and for each word of the caption where in the picture it is.
 
     A map is the similarity of each patch to the word, less the word's mean over the picture (where is it?) and the
-    patch's mean over the words (which is it?).
+    patch's mean over the words (which is it?), where there are more than two.
     Each runs from its own lowest to its own highest value, which are printed.
     """
     words = list(dict.fromkeys(word.strip(".,;:!?\"'") for word in caption.lower().split()))
@@ -317,8 +325,9 @@ def heatmap(model, tokenizer, image, caption, path, side=224):
     with torch.no_grad():
         patches = F.normalize(model.encode_patches(data.normalize(pixels.to(_device(model)))).float().cpu()[0], dim=1)
     maps = zeroshot_classifier(model, tokenizer, words, ("{}", "a {}")) @ patches.T                      # (words, N)
-    maps = (maps - maps.mean(0) - maps.mean(1, keepdim=True) + maps.mean()).view(-1, model.config.grid,
-                                                                                model.config.grid).numpy()
+    if len(words) > 2:  # of two words, each map would be the other's negative
+        maps = maps - maps.mean(0)
+    maps = (maps - maps.mean(1, keepdim=True)).view(-1, model.config.grid, model.config.grid).numpy()
     picture = data.center_crop(image, side)
     panels = [("picture", picture)]
     for word, values in zip(words, maps):
@@ -341,7 +350,7 @@ def _sheet(panels, title, columns=6, gap=8):
     side, line = panels[0][1].width, 24
     big, small = ImageFont.load_default(20), ImageFont.load_default(16)
     columns = min(columns, len(panels))
-    width = max(columns * (side + gap) + gap, int(big.getlength(title)) + 2 * gap, 420)
+    width = max(columns * (side + gap) + gap, int(big.getlength(title)) + 2 * gap, 470)
     rows = -(-len(panels) // columns)
     sheet = Image.new("RGB", (width, 40 + rows * (side + line + gap) + 36), "white")
     pen = ImageDraw.Draw(sheet)
@@ -351,9 +360,9 @@ def _sheet(panels, title, columns=6, gap=8):
         pen.text((x, y), name, "black", small)
         sheet.paste(picture, (x, y + line))
     y = sheet.height - 28
-    pen.text((gap, y), "similarity: lowest", "black", small)
-    sheet.paste(_coloured(np.tile(np.linspace(0, 1, 160), (14, 1))), (150, y + 3))
-    pen.text((320, y), "highest", "black", small)
+    pen.text((gap, y), "relative similarity: lowest", "black", small)
+    sheet.paste(_coloured(np.tile(np.linspace(0, 1, 160), (14, 1))), (220, y + 3))
+    pen.text((390, y), "highest", "black", small)
     return sheet
 
 

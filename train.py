@@ -66,6 +66,7 @@ class TrainConfig:
     workers: int = flag(-1, "loader processes per rank; -1: by the number of cores")
     log_every: int = flag(10, "steps between lines of log.jsonl")
     save_minutes: float = flag(20.0, "minutes between checkpoints, beside one per epoch")
+    resume: str = flag("", "checkpoint to go on from; else last.pt in --out, where there is one")
     steps: int = flag(0, "stop after this global step, 0: at the end; the schedules stay those of --epochs")
 
 
@@ -86,7 +87,7 @@ METHOD_RECIPES = dict(
     mae=dict(lr=2.4e-3, weight_decay=0.05, beta2=0.95, crop_min=0.2),                       # MAE: 1.5e-4 a batch of 256
 )
 # Settings that do not change what is learned: they may differ when a run goes on.
-FREE = ("root", "out", "workers", "log_every", "save_minutes", "steps")
+FREE = ("root", "out", "resume", "workers", "log_every", "save_minutes", "steps")
 
 
 def parse(argv=None):
@@ -112,9 +113,12 @@ def resolve(given):
                               precision=("auto", "fp32", "bf16")).items():
         if getattr(config, what) not in allowed:
             raise ValueError(f"unknown --{what} '{getattr(config, what)}': one of {', '.join(allowed)}")
-    for what in ("epochs", "batch_size", "log_every"):
-        if getattr(config, what) < 1:
-            raise ValueError(f"--{what.replace('_', '-')} must be at least 1, not {getattr(config, what)}")
+    for low, high, those in ((1, math.inf, ("epochs", "batch_size", "log_every")), (0, math.inf, ("steps", "seed")),
+                              (0.01, 0.99, ("mask_ratio",)), (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",))):
+        for what in those:
+            if not low <= getattr(config, what) <= high:
+                raise ValueError(f"--{what.replace('_', '-')} must be at least {low}"
+                                 f"{'' if high == math.inf else f' and at most {high}'}, not {getattr(config, what)}")
     config.root = config.root or os.environ.get("MASKCLIP_DATA", "data")
     label = "+".join("-".join(Path(name).resolve().parts[-2:]) if os.sep in name else name for name in names)
     config.out = config.out or f"runs/{label}-{config.method}"
@@ -159,7 +163,10 @@ def loss_terms(out, batch, teacher_logits, center, patch_size):
 
 
 def parameter_groups(model, weight_decay):
-    """Matrices decay; what has fewer than two dimensions (biases, norms, logit scale) does not (SLIP)."""
+    """Matrices decay, and with them (SLIP) positions, class and mask tokens, embeddings and codewords.
+
+    What has fewer than two dimensions does not: biases, norms, the logit scale.
+    """
     decay = [p for p in model.parameters() if p.ndim >= 2]
     other = [p for p in model.parameters() if p.ndim < 2]
     return [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=0.0)]
@@ -212,15 +219,18 @@ def save(path, state):
 
 
 def find_saved(config):
-    """The checkpoint that a run in config.out goes on from, or None.  Raises ValueError where the settings differ."""
-    last = Path(config.out) / "last.pt"
-    if not last.is_file():
+    """The checkpoint that the run goes on from, or None: --resume, else last.pt in --out.
+
+    Raises FileNotFoundError where --resume is missing, ValueError where the settings differ.
+    """
+    path = Path(config.resume or Path(config.out) / "last.pt")
+    if not config.resume and not path.is_file():
         return None
-    saved, mine = evaluate.read_checkpoint(last), dataclasses.asdict(config)
+    saved, mine = evaluate.read_checkpoint(path), dataclasses.asdict(config)
     other = [f"--{name.replace('_', '-')} {saved['config'].get(name)} there, {value} now"
              for name, value in mine.items() if name not in FREE and saved["config"].get(name) != value]
     if other:
-        raise ValueError(f"{config.out} holds a run with other settings ({'; '.join(other)}): give another --out, "
+        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): give another --out, "
                          "or those settings to go on with it")
     return saved
 
@@ -234,14 +244,15 @@ def open_log(path, step):
 
 
 def catch_signals():
-    """SIGINT, SIGTERM and SIGUSR1 are noted in the list returned, for the loop to end its step; a second one exits."""
+    """SIGINT, SIGTERM and SIGUSR1 are noted in the list returned, for the loop to end its step; a later one exits."""
     noted = []
 
     def handler(number, _):
-        if noted:
+        # Within two seconds it is the same one: a scheduler tells all processes, and torchrun passes it on to its own.
+        if noted and time.monotonic() - noted[0][1] > 2:
             os._exit(128 + number)
-        noted.append(signal.Signals(number).name)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        noted.append((signal.Signals(number).name, time.monotonic()))
+    for number in data.STOPS:
         signal.signal(number, handler)
     return noted
 
@@ -262,6 +273,9 @@ def run(config):
     for line in pairs.damage:
         say(f"warning: {line}")
     per_epoch = len(pairs) // config.batch_size
+    if saved and saved["pairs"] != len(pairs):
+        raise ValueError(f"the data held {saved['pairs']:,} pairs when the checkpoint was made and holds "
+                         f"{len(pairs):,} now, so the order would be another: give another --out")
     total = config.epochs * per_epoch
     first, stop_at = saved["step"] if saved else 0, min(total, config.steps or total)
 
@@ -282,7 +296,7 @@ def run(config):
     workers = config.workers if config.workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world - 1))
     loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate,
                                          num_workers=workers, pin_memory=device.type == "cuda",
-                                         worker_init_fn=data.ignore_interrupt)
+                                         worker_init_fn=data.ignore_stops)
     bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
     weights = dict(distill=config.distill_weight, mlm=config.mlm_weight)
     if "text" in model.needs:  # beside CLIP; alone they are the whole loss
@@ -294,14 +308,15 @@ def run(config):
         f"{'bf16' if bf16 else 'fp32'} on {device.type}\n"
         + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
     if saved:
-        say(f"going on from step {first} of {out / 'last.pt'}")
+        say(f"going on from step {first} of {config.resume or out / 'last.pt'}")
     noted = catch_signals()
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open_log(out / "log.jsonl", first)
     bar = tqdm(total=stop_at, initial=first, desc=config.method, unit="step", mininterval=1,
                disable=None if rank == 0 else True)  # a bar on a terminal, lines elsewhere
-    step, stop, bad, seen, clock, saved_at = first, False, 0, 0, time.time(), time.time()
+    bad = saved["bad"] if saved and rank == 0 else 0  # the log counts the sum over ranks
+    saved, step, seen, clock, saved_at = None, first, 0, time.time(), time.time()
 
     for batch in loader:
         lr, momentum = learning_rate(step, config, per_epoch), ema_momentum(step, config, per_epoch)
@@ -331,65 +346,65 @@ def run(config):
         step, seen = step + 1, seen + config.batch_size
         bar.update()
 
-        if step % config.log_every == 0 or step == stop_at:
-            means = torch.stack([term.detach().float() for term in terms.values()])
+        log_now, stop = step % config.log_every == 0 or step == stop_at, bool(noted)
+        if world > 1:
+            stop = log_now and any_rank(noted, device)
+        save_now = stop or step == stop_at or step % per_epoch == 0
+        if log_now or save_now:  # the only times at which the device is waited for
+            sums = torch.stack([*terms.values(), torch.tensor(float(bad), device=device)]).detach()
             if world > 1:
-                dist.all_reduce(means)  # each rank's terms are means over its own rows
-            values = dict(zip(terms, (means / world).tolist()))
+                dist.all_reduce(sums)
+            values = dict(zip(terms, (sums[:-1] / world).tolist()))  # each rank's terms are means over its own rows
             if not all(map(math.isfinite, values.values())):
                 raise ValueError(f"the loss is not finite at step {step}: {values}; {out / 'last.pt'} is good")
-            if rank == 0:
-                if "text" in model.needs:
-                    values["scale"] = model.logit_scale.exp().item()
-                rate = seen / (time.time() - clock)
-                log.write(json.dumps(dict(step=step, epoch=step / per_epoch, **values, lr=lr, bad=bad,
-                                          seen_per_s=round(rate, 1))) + "\n")
-                log.flush()
-                short = " ".join(f"{name} {value:.2f}" for name, value in values.items()) + f" {rate:.0f} pictures/s"
-                bar.set_postfix_str(short)
-                if bar.disable:
-                    print(f"step {step}/{stop_at} {short}", flush=True)
+        if rank == 0 and log_now:
+            if "text" in model.needs:
+                values["scale"] = model.logit_scale.exp().item()
+            rate = seen / (time.time() - clock)
+            log.write(json.dumps(dict(step=step, epoch=step / per_epoch, **values, lr=lr, bad=int(sums[-1]),
+                                      seen_per_s=round(rate, 1))) + "\n")
+            log.flush()
+            short = " ".join(f"{name} {value:.2f}" for name, value in values.items()) + f" {rate:.0f} pictures/s"
+            bar.set_postfix_str(short)
+            if bar.disable:
+                print(f"step {step}/{stop_at} {short}", flush=True)
             seen, clock = 0, time.time()
-        if world == 1 or step % config.log_every == 0:
-            stop = bool(noted) if world == 1 else any_rank(noted, device)
-        if rank == 0 and (stop or step == stop_at or step % per_epoch == 0
-                          or time.time() - saved_at > 60 * config.save_minutes):
-            save(out / "last.pt", dict(step=step, config=dataclasses.asdict(config),
-                                       model_config=dataclasses.asdict(shape),
+        if rank == 0 and (save_now or log_now and time.time() - saved_at > 60 * config.save_minutes):
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise ValueError(f"the weights are not finite at step {step}; {out / 'last.pt'} is good")
+            save(out / "last.pt", dict(step=step, pairs=len(pairs), bad=int(sums[-1]),
+                                       config=dataclasses.asdict(config), model_config=dataclasses.asdict(shape),
                                        tokenizer=[" ".join(pair) for pair in tokenizer.merges],
                                        **{name: part.state_dict() for name, part in parts.items()}))
             saved_at = time.time()
         if stop:
             break
     bar.close()
+    for number in data.STOPS:
+        signal.signal(number, signal.SIG_DFL)
     if rank == 0:
         log.close()
         if step < stop_at:
-            say(f"{noted[0] if noted else 'a signal'}: stopped after step {step} of {total}; "
+            say(f"{noted[0][0] if noted else 'a signal'}: stopped after step {step} of {total}; "
                 f"the same command goes on from {out / 'last.pt'}")
         elif step < total:
             say(f"stopped after --steps {step} of {total}; without --steps the same command goes on")
         else:
             report(model.eval(), tokenizer, pairs.paths[0].parent)
-    if world > 1:
-        dist.barrier()  # nobody leaves while rank 0 evaluates
 
 
 def report(model, tokenizer, folder):
     """Print one table of what the test sets that lie beside a train/ folder say of the model."""
-    home, results = folder.parent, {}
-    if "text" in model.needs:
-        for name, part, evaluation in (("zero-shot", "classes/test", evaluate.zeroshot),
-                                       ("retrieval", "val", evaluate.retrieval), ("dense", "dense", evaluate.dense)):
-            if folder.name == "train" and (home / part).is_dir():
-                results[name] = evaluation(model, tokenizer, home / part)
-    elif folder.name == "train" and (home / "classes").is_dir():
-        results["linear probe"] = evaluate.linear(model, home / "classes")
-    if not results:
-        print(f"no test sets beside {folder}: evaluate with python evaluate.py")
-        return
-    print(evaluate.table(results))
-    unseen = results.get("zero-shot", {}).get("per_class", {})
+    results = {}
+    for name, (part, evaluation) in evaluate.EVALUATIONS.items():
+        test = folder.parent / part
+        if folder.name == "train" and test.is_dir() and ("text" in model.needs) != (name == "linear"):
+            try:
+                results[name] = evaluation(model, tokenizer, test)
+            except (OSError, ValueError) as error:  # say, shards of a validation split: no reason to fail a trained run
+                print(f"{name} not evaluated: {error}")
+    print(evaluate.table(results) or f"no test sets beside {folder}: see python evaluate.py --help")
+    unseen = results.get("zeroshot", {}).get("per_class", {})
     if set(data.HELD_OUT) <= set(unseen):
         mean = sum(unseen[name] for name in data.HELD_OUT) / len(data.HELD_OUT)
         print(f"{'':<14}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")

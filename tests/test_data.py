@@ -201,6 +201,28 @@ def test_a_shard_cut_in_half_gives_its_first_half(tmp_path):
     assert all(pairs[i][1] == "text" for i in range(len(pairs)))
 
 
+@pytest.mark.parametrize("end", ["between members", "in a header", "spoilt header"])
+def test_a_shard_that_ends_early_without_an_error_is_named_too(tmp_path, end):
+    write_shard(tmp_path / "0.tar", [m for i in range(6) for m in ((f"{i}.jpg", jpeg()), (f"{i}.txt", b"text"))])
+    content = (tmp_path / "0.tar").read_bytes()
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        place = tar.getmembers()[6].offset
+    assert data.Shards(tmp_path).damage == []
+    spoilt = content[:place] + b"\xff" * 512 + content[place + 512:]
+    (tmp_path / "0.tar").write_bytes({"between members": content[:place], "in a header": content[:place + 100],
+                                      "spoilt header": spoilt}[end])
+    pairs = data.Shards(tmp_path)
+    assert len(pairs) == 3 and "0.tar is damaged" in pairs.damage[0]
+
+
+def test_a_share_that_is_no_share_is_refused():
+    for ratio in (75, -0.1):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            data.block_mask((8, 8), ratio, np.random.default_rng(0))
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            data.random_mask(64, ratio, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: (p / "0.tar").write_bytes(b"not a tar" * 200),
                                   lambda p: (p / "0.tar").write_bytes(b""),
                                   lambda p: write_shard(p / "0.tar", [("a.jpg", jpeg())])])
@@ -301,4 +323,11 @@ def test_class_folders_and_retrieval_sets_that_are_wrong(tmp_path):
     with pytest.raises(ValueError, match="no pictures of 1 classes .* dog"):
         data.class_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no karpathy.json"):
+        data.karpathy(tmp_path)
+    for content in ('{"images": [{"filename": "x.jpg"}]}', "[1]", "{", '{"images": [{"split": "test"}]}'):
+        (tmp_path / "karpathy.json").write_text(content)
+        with pytest.raises(ValueError, match="not a Karpathy json"):
+            data.karpathy(tmp_path)
+    (tmp_path / "karpathy.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match="no picture of split 'test'"):
         data.karpathy(tmp_path)

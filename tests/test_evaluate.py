@@ -207,10 +207,13 @@ def test_heatmap_lights_up_the_word_s_place(tmp_path):
     model = Oracle()
     evaluate.heatmap(model, model.tokenizer, image, "a red and a blue", tmp_path / "map.png", side=100)
     sheet = np.array(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
-    assert sheet.shape[1] == max(3 * 108 + 8, 420)  # the picture and two words; articles have no map
+    assert sheet.shape[1] == max(3 * 108 + 8, 470)  # the picture and two words; articles have no map
     red, blue = sheet[80:150, 116:216], sheet[80:150, 224:324]
     bright = [panel[:, 10:40].sum() - panel[:, 60:90].sum() for panel in (red, blue)]
     assert bright[0] > 0 > bright[1]  # yellow is brighter than violet
+    evaluate.heatmap(model, model.tokenizer, image, "a red", tmp_path / "one.png", side=100)  # one word has a map too
+    one = np.array(Image.open(tmp_path / "one.png").convert("RGB")).astype(int)[80:150, 116:216]
+    assert one[:, 10:40].sum() > one[:, 60:90].sum()
     with pytest.raises(ValueError, match="no word to look for"):
         evaluate.heatmap(model, model.tokenizer, image, "of the", tmp_path / "map.png")
 

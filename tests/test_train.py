@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def test_recipes_by_data_and_method():
 @pytest.mark.parametrize("given,sentence", [
     (dict(method="clop"), "unknown --method 'clop': one of clip, slip"), (dict(model="vit"), "unknown --model 'vit'"),
     (dict(mask="half"), "unknown --mask"), (dict(precision="int8"), "unknown --precision"),
+    (dict(mask_ratio=75.0), "--mask-ratio must be at least 0.01 and at most 0.99, not 75"),
+    (dict(seed=-1), "--seed must"), (dict(mlm_ratio=2.0), "--mlm-ratio"),
+    (dict(crop_min=0.0), "--crop-min"), (dict(steps=-3), "--steps must be"),
     (dict(epochs=0), "--epochs must be at least 1"), (dict(batch_size=-8), "--batch-size must be at least 1")])
 def test_settings_that_cannot_be_are_refused(given, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -163,15 +167,49 @@ def test_the_same_folder_with_other_settings_is_refused(shards, tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_more_shards_than_before_are_refused(shards, tmp_path):
+    folder = tmp_path / "pairs"
+    shutil.copytree(shards, folder)
+    train.run(small(folder, tmp_path / "run", steps=1))
+    shutil.copy(folder / "00000.tar", folder / "00001.tar")
+    with pytest.raises(ValueError, match="held 64 pairs .* holds 128 now"):
+        train.run(small(folder, tmp_path / "run"))
+
+
+def test_resume_from_a_path(shards, tmp_path):
+    train.run(small(shards, tmp_path / "a", steps=2))
+    train.run(small(shards, tmp_path / "b", resume=str(tmp_path / "a/last.pt"), steps=3))
+    assert [line["step"] for line in lines(tmp_path / "b")] == [3]
+    with pytest.raises(FileNotFoundError):
+        train.run(small(shards, tmp_path / "c", resume=str(tmp_path / "none.pt")))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(shards, tmp_path, monkeypatch):
+    train.run(small(shards, tmp_path, steps=2))
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(train.losses, "mlm_loss", lambda logits, targets: logits.sum() * math.nan)
+    with pytest.raises(ValueError, match="not finite at step 8.*last.pt is good"):
+        train.run(small(shards, tmp_path, log_every=100))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_shards_in_val_do_not_fail_a_trained_run(shards, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.copytree(shards, tmp_path / part)
+    train.run(small(tmp_path / "train", tmp_path / "run"))
+    assert "retrieval not evaluated: no karpathy.json" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(shards, tmp_path, number):
-    command = ["train.py", "--data", shards, "--out", tmp_path, "--epochs", 3, "--batch-size", 8, "--log-every", 1]
-    run = start(command[:1], *command[1:])
+def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(shards, tmp_path, number):
+    command = ["train.py", "--data", shards, "--out", tmp_path, "--epochs", 3, "--batch-size", 8, "--log-every", 1,
+               "--workers", 2]
+    run = start(command[:1], *command[1:], start_new_session=True)
     for _ in range(600):
         if (tmp_path / "log.jsonl").is_file() and len(lines(tmp_path)) >= 2:
             break
         time.sleep(0.1)
-    run.send_signal(number)
+    os.killpg(run.pid, number)  # the loader's workers too, as Ctrl-C and schedulers do
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0 and f"{number.name}: stopped after step" in out and "goes on" in out, err
     done = lines(tmp_path)[-1]["step"]
@@ -211,6 +249,7 @@ def answer(main, arguments, monkeypatch, capsys):
     (["--data", "/nowhere/at/all"], "no data set '/nowhere/at/all'"),
     (["--data", "EMPTY"], "no data set"),
     (["--data", "SHARDS", "--batch-size", "9999"], "64 pairs are fewer than one global batch"),
+    (["--data", "SHARDS", "--resume", "none.pt"], "none.pt"),
     (["--data", "SHARDS", "--vocab-size", "9"], "vocab_size 9 is below 515"),
     (["--data", "SHARDS", "--epochs", "many"], "invalid int value: 'many'")])
 def test_train_answers_bad_input_with_one_sentence(shards, tmp_path, arguments, sentence, monkeypatch, capsys):
