@@ -307,7 +307,8 @@ def logistic_regression(x, y, classes, penalty):
 
 # Five colours of matplotlib's viridis, dark to light: legible in grey and to the colour-blind.
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
-SMALL_WORDS = set("a an the and or of in on at to with by is are there left right above below".split())  # no things
+# Words that name no thing in a picture.
+SMALL_WORDS = set("a an the and or of in on at to with by is are there left right above below picture".split())
 
 
 def heatmap(model, tokenizer, image, caption, path, side=224):
@@ -345,7 +346,7 @@ def _coloured(share):
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
 
 
-def _sheet(panels, title, columns=6, gap=8):
+def _sheet(panels, title, columns=7, gap=8):
     """Titled pictures in rows, under a title, above the colour scale."""
     side, line = panels[0][1].width, 24
     big, small = ImageFont.load_default(20), ImageFont.load_default(16)
@@ -370,11 +371,11 @@ def _sheet(panels, title, columns=6, gap=8):
 
 def table(results):
     """{name: what an evaluation returned} -> text, one line per score, in per cent."""
-    lines = []
+    lines, wide = [], 2 + max(map(len, results), default=0)
     for name, r in results.items():
         note = f"chance {100 * r['chance']:.1f}; {r['over']}"
         for score, value in r["scores"].items():
-            lines.append(f"{name:<14}{score:<16}{100 * value:>6.1f}   {note}".rstrip())
+            lines.append(f"{name:<{wide}}{score:<16}{100 * value:>6.1f}   {note}".rstrip())
             name = note = ""
     return "\n".join(lines)
 

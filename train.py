@@ -407,7 +407,7 @@ def report(model, tokenizer, folder):
     unseen = results.get("zeroshot", {}).get("per_class", {})
     if set(data.HELD_OUT) <= set(unseen):
         mean = sum(unseen[name] for name in data.HELD_OUT) / len(data.HELD_OUT)
-        print(f"{'':<14}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")
+        print(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")
 
 
 def main():
