@@ -199,7 +199,8 @@ class ImageDecoder(nn.Module):
         B, M = ids_hide.shape
         x = torch.cat([f, self.mask_token.expand(B, M, -1)], 1)                           # (B, 1 + N, D)
         places = torch.cat([ids_keep.new_zeros(B, 1), 1 + ids_keep, 1 + ids_hide], 1)     # (B, 1 + N)
-        return self.norm(self.blocks(x + self.pos_embed[places])[:, f.size(1):])
+        # F.embedding, for the gradient of plain indexing is summed in a random order on several CPU threads.
+        return self.norm(self.blocks(x + F.embedding(places, self.pos_embed))[:, f.size(1):])
 
 
 class TextDecoder(nn.Module):
