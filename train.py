@@ -221,11 +221,14 @@ def save(path, state):
 def find_saved(config):
     """The checkpoint that the run goes on from, or None: --resume, else last.pt in --out.
 
-    Raises FileNotFoundError where --resume is missing, ValueError where the settings differ.
+    Raises FileNotFoundError where --resume is missing, ValueError where the settings differ or --out holds another run.
     """
-    path = Path(config.resume or Path(config.out) / "last.pt")
+    own = Path(config.out) / "last.pt"
+    path = Path(config.resume or own)
     if not config.resume and not path.is_file():
         return None
+    if own.is_file() and path.resolve() != own.resolve():
+        raise ValueError(f"--resume {path} would overwrite the run in {config.out}: give another --out")
     saved, mine = evaluate.read_checkpoint(path), dataclasses.asdict(config)
     other = [f"--{name.replace('_', '-')} {saved['config'].get(name)} there, {value} now"
              for name, value in mine.items() if name not in FREE and saved["config"].get(name) != value]
@@ -356,7 +359,7 @@ def run(config):
                 dist.all_reduce(sums)
             values = dict(zip(terms, (sums[:-1] / world).tolist()))  # each rank's terms are means over its own rows
             if not all(map(math.isfinite, values.values())):
-                raise ValueError(f"the loss is not finite at step {step}: {values}; {out / 'last.pt'} is good")
+                raise ValueError(f"the loss is not finite at step {step}: {values}; an older {out / 'last.pt'} is good")
         if rank == 0 and log_now:
             if "text" in model.needs:
                 values["scale"] = model.logit_scale.exp().item()
@@ -371,7 +374,7 @@ def run(config):
             seen, clock = 0, time.time()
         if rank == 0 and (save_now or log_now and time.time() - saved_at > 60 * config.save_minutes):
             if not all(p.isfinite().all() for p in model.parameters()):
-                raise ValueError(f"the weights are not finite at step {step}; {out / 'last.pt'} is good")
+                raise ValueError(f"the weights are not finite at step {step}; an older {out / 'last.pt'} is good")
             save(out / "last.pt", dict(step=step, pairs=len(pairs), bad=int(sums[-1]),
                                        config=dataclasses.asdict(config), model_config=dataclasses.asdict(shape),
                                        tokenizer=[" ".join(pair) for pair in tokenizer.merges],

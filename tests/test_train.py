@@ -180,6 +180,8 @@ def test_resume_from_a_path(shards, tmp_path):
     train.run(small(shards, tmp_path / "a", steps=2))
     train.run(small(shards, tmp_path / "b", resume=str(tmp_path / "a/last.pt"), steps=3))
     assert [line["step"] for line in lines(tmp_path / "b")] == [3]
+    with pytest.raises(ValueError, match="would overwrite the run in"):
+        train.run(small(shards, tmp_path / "b", resume=str(tmp_path / "a/last.pt"), steps=3))
     with pytest.raises(FileNotFoundError):
         train.run(small(shards, tmp_path / "c", resume=str(tmp_path / "none.pt")))
 
