@@ -1,34 +1,85 @@
-"""Everything between files and a batch: the drawn demo world, pairs from tar shards, transforms, masks, batches.
+"""Everything between files and a batch: the drawn demo world, pairs from shards and tables, order, transforms, masks.
 
-Order, crops and masks are pure functions of (seed, epoch, sample), so any number of workers and ranks sees the same.
-A worker hands over uint8 pixels; `normalize` runs on the device.  Sources: SLIP (views), SimCLR (distortions),
-BEiT (block masks), webdataset and img2dataset (layout of the shards: KEY.jpg, KEY.txt, KEY.json).
+Order, captions, crops and masks are pure functions of (seed, epoch, position): any number of workers and ranks, and any
+restart, sees the same.  Ideas: SLIP (views, YFCC-15M), SimCLR (distortions), BEiT (block masks), webdataset and
+img2dataset (layout of the shards).  A worker hands over uint8 pixels; `normalize` runs on the device.
 
-    draw_demo("data/demo");  pairs = Shards("data/demo/train");  image, caption = pairs[0]
+    python data.py stats demo                          pairs, caption lengths, picture sizes
+    python data.py show demo --out sheet.png           random pairs as training sees them
+    python data.py check cc3m                          read everything once; training skips what is bad
+    python data.py pack table.tsv --out DIR --size 256      any source -> shards
+    python data.py yfcc SUBSET.tsv DATASET.txt --out yfcc15m.tsv     captions of YFCC-15M, cleaned as SLIP's
 """
+import argparse
+import bz2
+import contextlib
+import csv
+import hashlib
 import io
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import struct
+import sys
 import tarfile
+import textwrap
+import warnings
+import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections import Counter
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
+from tokenizer import Tokenizer
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # signals that end a run in good order
-# What Pillow's decoders are known to raise on damaged or hostile files.
-BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow's decoders are known to raise on damaged or hostile files; the warning is made an error in open_picture.
+BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+             Image.DecompressionBombWarning)
+
+
+# ---------------------------------------------------------------- work on all cores
+
+def ignore_stops(*_):
+    """Ctrl-C and schedulers signal worker processes too: the main process answers."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Jobs(torch.utils.data.Dataset):
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.function(self.items[i])
+
+
+def _same(result):
+    return result
+
+
+def in_parallel(function, items, label):
+    """[function(item) for item in items], by as many processes as there are cores, with a progress bar."""
+    workers = min(os.cpu_count() or 1, len(items)) if len(items) > 3 else 0
+    loader = torch.utils.data.DataLoader(_Jobs(function, items), batch_size=None, collate_fn=_same, num_workers=workers,
+                                         worker_init_fn=ignore_stops)
+    return list(tqdm(loader, label, disable=None, leave=False))
 
 
 # ---------------------------------------------------------------- the demo world: scenes and sentences from a seed
@@ -170,22 +221,28 @@ def describe(objects, ground, rng, full=False):
     return text
 
 
-def _draw_shard(folder, seed, number, size):
+def _draw_shard(folder, seed, size, number):
     """One training shard of the demo: `size` scenes of one to three objects."""
     classes = [name for name in CLASSES if name not in HELD_OUT]
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(size):
             rng = np.random.default_rng([seed, 0, number, i])
             picture, _, objects, ground = draw_scene(rng, int(rng.choice([1, 1, 2, 2, 3])), classes)
-            for suffix, content in (("png", _png(picture)), ("txt", describe(objects, ground, rng).encode())):
-                member = tarfile.TarInfo(f"{number:05d}{i:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            for suffix, content in (("png", _encoded(picture, "PNG", compress_level=1)),
+                                    ("txt", describe(objects, ground, rng).encode())):
+                add_member(tar, f"{number:05d}{i:04d}.{suffix}", content)
 
 
-def _png(picture):
+def add_member(tar, name, content):
+    """Write bytes as a file of a tar; all else in the header is constant, so equal pairs make equal shards."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _encoded(picture, kind, **how):
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    picture.save(buffer, kind, **how)
     return buffer.getvalue()
 
 
@@ -210,9 +267,7 @@ def draw_demo(folder, shards=20, shard_size=1000, seed=0):
     part = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         (part / "train").mkdir(parents=True)
-        with ProcessPoolExecutor(min(shards, os.cpu_count() or 1), initializer=ignore_stops) as pool:
-            draw = partial(_draw_shard, part / "train", seed, size=shard_size)
-            list(tqdm(pool.map(draw, range(shards)), "drawing the demo world", shards, disable=None, leave=False))
+        in_parallel(partial(_draw_shard, part / "train", seed, shard_size), range(shards), "drawing the demo world")
         _draw_tests(part, seed)
         (part / "demo.json").write_text(json.dumps(stamp), "utf-8")
         if not drawn():  # else another process was faster
@@ -254,130 +309,676 @@ def _draw_tests(folder, seed):
         labels.save(folder / f"dense/labels/{i:05d}.png")
 
 
-# ---------------------------------------------------------------- pairs from shards
+# ---------------------------------------------------------------- sources: where each picture and its captions lie
 
-def find(name, root):
-    """The folder of shards of a data set: ROOT/NAME or the path NAME, or train/ in it.  The demo is drawn first.
+# One row a pair.  The picture is bytes of a file (a shard, a zip), or a file of its own that the record names; the
+# text is a member of the shard or a record of the table.  29 bytes: 15 million pairs take 435 MB.
+ROW = np.dtype([("file", "<u4"), ("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<u4"),
+                ("kind", "u1")])
+TXT, JSON, OWN_FILE, ZIP_STORED, ZIP_DEFLATED = range(5)  # kind: the first two in shards, the others in tables
+IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
+TEXT_FIELDS = ("caption", "captions", "title", "description", "text")
+TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".pkl", ".npy")
+TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}")  # our choice, where a set has no templates.txt
+INDEX_VERSION = 1
+TABLE_PART = 4096  # records of a table that the order moves together, as it does the pairs of a shard
 
-    Raises FileNotFoundError that says what was looked for.
+
+def expand(pattern):
+    """shards/{00000..00331}.tar, {a,b}/*: braces as the shell expands them.  -> list of str"""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    items = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
+    return [text for item in items for text in expand(pattern[:match.start()] + item + pattern[match.end():])]
+
+
+def locate(name, root):
+    """The shards of a data set (list), or its table, or its folder of classes: ROOT/NAME or the path NAME, or train/.
+
+    The demo is drawn first.  Raises FileNotFoundError that says what was looked for.
     """
     if name == "demo":
-        return draw_demo(Path(root) / "demo") / "train"
-    tried = [folder / part for folder in (Path(root) / name, Path(name)) for part in ("", "train")]
-    for folder in tried:
-        if any(folder.glob("*.tar")):
+        draw_demo(Path(root) / "demo")
+    places = [Path(root) / name, Path(name)]
+    for place in places:
+        if len(paths := [Path(path) for path in expand(str(place))]) > 1 and any(path.exists() for path in paths):
+            missing = [path for path in paths if not path.is_file()]
+            if missing:
+                raise FileNotFoundError(f"{len(missing)} of the {len(paths)} shards of {name} are missing, first "
+                                        f"{missing[0]}")
+            return paths
+        if place.is_file():
+            return [place] if place.suffix == ".tar" else place
+    folders = [folder for place in places for folder in (place, place / "train") if folder.is_dir()]
+    for folder in folders:
+        if shards := sorted(folder.glob("*.tar")):
+            return shards
+    for folder in folders:
+        tables = [path for path in sorted(folder.iterdir()) if path.suffix in TABLE_SUFFIXES]
+        if len(tables) > 1:
+            raise ValueError(f"{len(tables)} tables in {folder}: name the one that is wanted, say --data {tables[0]}")
+        if tables:
+            return tables[0]
+    for folder in folders:
+        if any(picture_files(entry) for entry in folder.iterdir() if entry.is_dir()):
             return folder
-    raise FileNotFoundError(f"no data set '{name}': looked for *.tar in {', '.join(map(str, tried))}; "
-                            "wanted there are shards of KEY.jpg and KEY.txt as img2dataset writes them "
-                            "(--root or $MASKCLIP_DATA name another place)")
+    looked = ", ".join(str(path) for place in places for path in (place, place / "train"))
+    raise FileNotFoundError(f"no data set '{name}': looked for *.tar, a table ({', '.join(TABLE_SUFFIXES)}) or class "
+                            f"folders in {looked}; shards hold KEY.jpg and KEY.txt as img2dataset writes them (--root "
+                            "or $MASKCLIP_DATA name another place; README says how to get the data sets)")
 
 
-class Shards:
-    """Image-caption pairs of folders of tar shards: KEY.jpg|jpeg|png|webp beside KEY.txt, or KEY.json's "caption".
+def beside(path, suffix):
+    """Where a file that is made from `path` may lie: beside it, or in the user's cache where that is read-only."""
+    path = Path(path).absolute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskclip"
+    name = path.name + suffix
+    return path.with_name(name), cache / f"{hashlib.sha1(os.fsencode(path)).hexdigest()[:16]}-{name}"
 
-    Headers are read once; a pair is then two seeks.  A shard that is cut off gives the pairs before the cut, and its
-    name goes to `damage` (list of sentences).  Raises FileNotFoundError where there are no pairs at all.
+
+def made(path, suffix):
+    """The newer of the two files of `beside`, or None."""
+    found = [place for place in beside(path, suffix) if place.is_file()]
+    return max(found, key=lambda place: place.stat().st_mtime_ns, default=None)
+
+
+def to_make(path, suffix):
+    """The first of the two files of `beside` that can be written."""
+    near, far = beside(path, suffix)
+    if os.access(near.parent, os.W_OK):
+        return near
+    far.parent.mkdir(parents=True, exist_ok=True)
+    return far
+
+
+@contextlib.contextmanager
+def making(place):
+    """Open a file for writing that takes its name when it is whole.  Yields the binary file."""
+    part = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Source:
+    """Pairs whose places are known from an index file, mapped into memory and shared by all processes.
+
+    `path` names the index (and the skip list) beside the data.  After `open`: first, count (one per part: a shard, or
+    TABLE_PART records), damage (sentences).  read(row) -> (picture's bytes, captions); raises one of BAD_IMAGE.
     """
 
-    def __init__(self, *folders):
-        self.paths = [path for folder in folders for path in sorted(Path(folder).glob("*.tar"))]
-        self.damage, rows, lonely = [], [], 0
-        for number, path in enumerate(tqdm(self.paths, "reading shard headers", disable=None, leave=False)):
-            images, captions = {}, {}
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for member in tar:
-                        key, _, suffix = member.name.rpartition(".")
-                        suffix, place = suffix.lower(), (member.offset_data, member.size)
-                        if "." + suffix in IMAGE_SUFFIXES:
-                            images[key] = place
-                        elif suffix == "txt" or suffix == "json" and key not in captions:
-                            captions[key] = (*place, suffix == "json")
-                with open(path, "rb") as file:  # tarfile ends in silence at a header that is cut off or spoilt
-                    file.seek(tar.offset)
-                    if file.read(512) != bytes(512):
-                        raise tarfile.ReadError(f"no further header at byte {tar.offset}, nor an end of the archive")
-            except (tarfile.ReadError, EOFError) as error:
-                self.damage.append(f"{path} is damaged ({error}): the pairs before the damage are used")
-            rows += [(number, *place, *captions[key]) for key, place in images.items() if key in captions]
-            lonely += len(images.keys() ^ captions.keys())
-        if not rows:
-            raise FileNotFoundError(f"no pairs in {', '.join(map(str, folders))}: {len(self.paths)} shards hold no "
-                                    f"picture (KEY{'|'.join(IMAGE_SUFFIXES)}) with a caption (KEY.txt or KEY.json)"
-                                    + "".join(f"; {line}" for line in self.damage[:3]))
-        if lonely:
-            self.damage.append(f"{lonely} pictures or captions have no partner and are left out")
-        self.rows = np.array(rows)  # (n, 6): shard, picture's offset and size, caption's offset and size, is it json
+    def __init__(self, path, folder):
+        self.path, self.folder, self._open = Path(path), str(Path(folder).absolute()), {}
+        self.skip = {}  # {file name: offsets of texts} that `data.py check` found bad
+        if place := made(path, ".skip"):
+            for line in place.read_text("utf-8").splitlines():
+                name, offset, _ = line.split("\t", 2)
+                self.skip.setdefault(name, set()).add(int(offset))
 
     def __len__(self):
-        return len(self.rows)
+        return int(self.count.sum())
 
-    def name(self, index):
-        """Where pair `index` lies, for messages."""
-        return f"{self.paths[self.rows[index, 0]]} at byte {self.rows[index, 1]}"
+    def stamp(self, name):
+        """What must be as it was for a file's rows to be right: its size, time, and what is skipped in it."""
+        try:
+            stat = os.stat(os.path.join(self.folder, name))
+        except FileNotFoundError:
+            return -1, -1, 0
+        return stat.st_size, stat.st_mtime_ns, zlib.crc32(repr(sorted(self.skip.get(name, ()))).encode())
 
-    def caption(self, index):
-        """The caption of pair `index`; ValueError where it is empty."""
-        shard, _, _, offset, size, is_json = self.rows[index].tolist()
-        raw = self._read(shard, offset, size).decode("utf-8", "replace")
-        if is_json:
-            fields = json.loads(raw)
-            raw = fields.get("caption") if isinstance(fields, dict) else None
-        if not isinstance(raw, str) or not raw.strip():
-            raise ValueError("empty caption")
-        return raw.strip()
+    def stamps(self):
+        """{file: stamp} of the index."""
+        return {os.fsdecode(file["name"]): file.item()[1:4] for file in self.files}
+
+    def load(self):
+        """The index, where there is a whole one: sets files, rows and header.  -> bool"""
+        place = made(self.path, ".index")
+        try:
+            with open(place or os.devnull, "rb") as file:
+                self.header = json.loads(file.readline())
+                if self.header["version"] != INDEX_VERSION:
+                    return False
+                self.files = np.load(file)
+                np.lib.format.read_magic(file)
+                (n,), _, dtype = np.lib.format.read_array_header_1_0(file)
+                self.map = (place, file.tell(), n)
+                self.rows = self.mapped()
+        except (OSError, ValueError, KeyError, EOFError):
+            return False  # none, or cut off while it was written: made anew
+        return dtype == ROW
+
+    def mapped(self):
+        place, offset, n = self.map
+        return np.memmap(place, ROW, "r", offset, (n,)).view(np.ndarray) if n else np.zeros(0, ROW)
+
+    def save(self, stamps, counts, chunks, **header):
+        """Write the index: {file: stamp}, the number of rows of each file, arrays of rows; then load it."""
+        rows = [(os.fsencode(name), *stamp, count) for (name, stamp), count in zip(stamps.items(), counts)]
+        kind = [("name", f"S{max(len(row[0]) for row in rows)}"), ("size", "<i8"), ("time", "<i8"), ("skip", "<u4"),
+                ("count", "<i8")]
+        with making(to_make(self.path, ".index")) as file:
+            file.write(json.dumps(dict(version=INDEX_VERSION, **header)).encode() + b"\n")
+            np.save(file, np.array(rows, kind))
+            np.lib.format.write_array_header_1_0(file, dict(descr=np.lib.format.dtype_to_descr(ROW),
+                                                            fortran_order=False, shape=(sum(map(len, chunks)),)))
+            for chunk in chunks:
+                file.write(chunk.tobytes())
+        self.load()
+
+    def __getstate__(self):  # what a worker process gets: it maps the index itself
+        return {**self.__dict__, "rows": None, "_open": {}}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.rows = self.mapped()
+
+    def file_name(self, number):
+        return os.path.join(self.folder, os.fsdecode(self.files["name"][number]))
+
+    def place(self, row):
+        """Where a pair's text lies, by which the skip list and messages name it.  -> file, offset"""
+        number, _, _, offset, _, kind = self.rows[row].item()
+        return os.fsdecode(self.files["name"][0 if kind >= OWN_FILE else number]), offset
+
+    def bytes(self, number, offset, size):
+        """Read from a file by its number; the last 64 files stay open, since opening is slow on network disks."""
+        if number not in self._open:
+            if len(self._open) >= 64:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[number] = os.open(self.file_name(number), os.O_RDONLY)
+        content = os.pread(self._open[number], size, offset)
+        if len(content) < size:
+            raise OSError(f"{self.file_name(number)} is shorter than it was when it was indexed")
+        return content
+
+
+def texts(fields):
+    """The captions in a record: the fields of TEXT_FIELDS that are not empty.  Raises ValueError without one."""
+    if not isinstance(fields, dict):
+        raise ValueError("the record is no list of named fields")
+    values = [value for name in TEXT_FIELDS for value in
+              (fields.get(name) if isinstance(fields.get(name), list) else [fields.get(name)])]
+    found = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+    if not found:
+        raise ValueError("empty caption")
+    return found
+
+
+class Shards(Source):
+    """Tar shards of one folder: KEY.jpg|jpeg|png|webp with KEY.txt, else with the TEXT_FIELDS of KEY.json.
+
+    Only headers are read, in parallel, and only of shards that are new or have changed.  A shard that is cut off gives
+    the pairs before the cut, and `damage` names it.
+    """
+
+    def __init__(self, folder, names):
+        super().__init__(Path(folder) / "pairs", folder)
+        kept, damage, chunks = {}, {}, []  # of the index that is there: stamps, sentences, rows
+        if self.load():
+            kept = {name: stamp for name, stamp in self.stamps().items() if self.stamp(name) == stamp}
+        new = {name: self.stamp(name) for name in names if name not in kept}
+        if new:
+            found = in_parallel(partial(_scan_shard, self.folder, self.skip), list(new), "reading headers of shards")
+            if kept:
+                ends = np.cumsum(self.files["count"])
+                chunks = [self.rows[end - file["count"]:end].copy() for file, end in zip(self.files, ends)
+                          if os.fsdecode(file["name"]) in kept]
+                damage = {name: line for name, line in self.header["damage"].items() if name in kept}
+            chunks += [rows for rows, _ in found]
+            for number, chunk in enumerate(chunks):
+                chunk["file"] = number
+            damage |= {name: line for name, (_, line) in zip(new, found) if line}
+            self.save(kept | new, list(map(len, chunks)), chunks, damage=damage)
+        number = {name: i for i, name in enumerate(self.files["name"].tolist())}
+        mine = [number[os.fsencode(name)] for name in names]
+        self.count, self.first = self.files["count"][mine], (np.cumsum(self.files["count"]) - self.files["count"])[mine]
+        self.damage = [self.header["damage"][name] for name in names if name in self.header["damage"]]
+
+    def texts(self, row):
+        """The captions of a row, one of which is drawn at each visit.  Raises ValueError where there is none."""
+        number, _, _, offset, size, kind = self.rows[row].item()
+        raw = self.bytes(number, offset, size).decode("utf-8", "replace")
+        return texts(json.loads(raw) if kind == JSON else dict(text=raw))
+
+    def read(self, row):
+        """-> bytes of the picture's file, captions.  Raises one of BAD_IMAGE where the pair cannot be used."""
+        number, offset, size, *_ = self.rows[row].item()
+        return self.bytes(number, offset, size), self.texts(row)
+
+
+def _scan_shard(folder, skip, name):
+    """One shard's rows, from its headers, and a sentence about what is wrong with it, or ""."""
+    path, images, captions, damage = os.path.join(folder, name), {}, {}, ""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.rpartition(".")
+                suffix, place = suffix.lower(), (member.offset_data, member.size)
+                if "." + suffix in IMAGE_SUFFIXES:
+                    images[key] = place
+                elif suffix == "txt" or suffix == "json" and key not in captions:
+                    captions[key] = (*place, JSON if suffix == "json" else TXT)
+            tar.fileobj.seek(tar.offset)  # iterating ends in silence where a header is cut off or spoilt
+            if len(block := tar.fileobj.read(512)) < 512 or any(block):
+                damage = f"{path} is damaged (it ends early): the pairs before the damage are used"
+    except (tarfile.TarError, OSError, EOFError) as error:
+        damage = f"{path} is damaged ({error}): the pairs before the damage are used"
+    if not damage and (lonely := len(images.keys() ^ captions.keys())):
+        damage = f"{path}: {lonely} pictures or captions have no partner and are left out"
+    out = skip.get(name, ())
+    return np.array([(0, *place, *captions[key]) for key, place in images.items()
+                     if key in captions and captions[key][0] not in out], ROW), damage
+
+
+class Table(Source):
+    """A table of pictures and captions: a path among IMAGE_FIELDS, and TEXT_FIELDS or "class", which templates turn
+    into captions.
+
+    CSV, TSV (without quotes) and JSONL are read where they lie.  COCO's captions json, SLIP's pickles (.pkl and .npy:
+    no code in them is run) and a folder of class folders are first written out as such a table.  Paths are relative to
+    the table's folder, or to images/ or the split's folder in it, or to the same above it; PATH.zip/MEMBER lies in a
+    zip (SLIP's YFCC100M).  Classes are named by words.txt (KEY, tab, "name, synonym") or by themselves; templates.txt
+    holds the templates.
+    """
+
+    def __init__(self, path):
+        super().__init__(path, path.parent)
+        home = path if path.is_dir() else path.parent
+        self.templates, self.words = templates_of(home), {}
+        if (file := home / "words.txt").is_file():
+            self.words = dict(line.split("\t", 1) for line in file.read_text("utf-8").splitlines() if "\t" in line)
+        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
+        origin = [self.stamp(name) for name in [path.name, *(f"{path.name}/{folder}" for folder in folders)]]
+        origin = zlib.crc32(repr(origin).encode())
+        if not (self.load() and self.header["origin"] == origin and
+                all(self.stamp(name) == stamp for name, stamp in self.stamps().items())):
+            table = path.absolute()
+            if path.is_dir() or path.suffix in (".json", ".pkl", ".npy"):
+                with making(to_make(path, ".listing")) as file:
+                    file.writelines(_class_lines(path, folders) if path.is_dir() else _record_lines(path))
+                table = made(path, ".listing")
+            self._scan(table, ".tsv" if path.is_dir() else path.suffix, origin)
+        self.suffix, self.columns, self.home = map(self.header.get, ("suffix", "columns", "home"))
+        self.damage = self.header["damage"]
+        self.first = np.arange(0, len(self.rows), TABLE_PART)
+        self.count = np.diff(np.append(self.first, len(self.rows)))
+
+    def _scan(self, table, suffix, origin):
+        """Find where each record begins, and for pictures in zips where they lie there.  Saves the index."""
+        self.suffix, self.columns, self.home = suffix, None, None
+        chunks, chunk, zips, lost, out = [], [], {}, 0, self.skip.get(str(table), ())
+        with open(table, "rb") as file, tqdm(total=os.path.getsize(table), desc=f"reading {table.name}", unit="B",
+                                             unit_scale=True, disable=None, leave=False) as bar:
+            if suffix in (".tsv", ".csv"):
+                self.columns = self.cells(file.readline().decode("utf-8-sig", "replace"))
+                if not set(self.columns) & set(IMAGE_FIELDS) or not set(self.columns) & {*TEXT_FIELDS, "class"}:
+                    raise ValueError(f"{table}: its first line must name the columns, the picture's path as one of "
+                                     f"{', '.join(IMAGE_FIELDS)}, captions as some of {', '.join(TEXT_FIELDS)} or "
+                                     f"class; it is '{' | '.join(self.columns)[:200]}'")
+            offset = start = file.tell()
+            names = [self.image(self.fields(record)) for record in islice(_records(file, suffix), 100)]
+            self.home = self._home(names)
+            file.seek(start)
+            for record in _records(file, suffix):
+                row, offset = (0, 0, 0, offset, len(record), OWN_FILE), offset + len(record)
+                bar.update(len(record))
+                if row[3] in out or not record.strip():
+                    continue
+                if b".zip/" in record:
+                    name, _, member = self.image(self.fields(record)).partition(".zip/")
+                    place = _zip_members(os.path.join(self.home, name + ".zip")).get(member)
+                    if place is None:
+                        lost += 1
+                        continue
+                    number = zips.setdefault(os.path.join(self.home, name + ".zip"), len(zips) + 1)
+                    row = (number, *place[:2], *row[3:5], place[2])
+                chunk.append(row)
+                if len(chunk) == 2 ** 16:
+                    chunks, chunk = [*chunks, np.array(chunk, ROW)], []
+        damage = [f"{table}: {lost} pictures are not in their zips, and are left out"] if lost else []
+        stamps = {name: self.stamp(name) for name in (str(table), *zips)}
+        self.save(stamps, [0] * len(stamps), [*chunks, np.array(chunk, ROW)],
+                  suffix=suffix, columns=self.columns, home=self.home, damage=damage, origin=origin)
+
+    def _home(self, names):
+        """The folder to which the first pictures' paths are relative.  Raises FileNotFoundError where none is."""
+        split = self.path.stem.split("_")[-1]  # COCO: captions_train2017.json, train2017/
+        homes = [self.path] if self.path.is_dir() else [
+            folder / part for folder in (self.path.absolute().parent, self.path.absolute().parent.parent)
+            for part in ("", "images", split)]
+        for home in homes:
+            for name in names:
+                outer = name.partition(".zip/")
+                if (home / (outer[0] + ".zip" if outer[1] else name)).is_file():
+                    return str(home.absolute())
+        raise FileNotFoundError(f"{self.path}: none of its first {len(names)} pictures ({', '.join(names[:2])}, ...) "
+                                f"is in {', '.join(map(str, homes))}")
+
+    def cells(self, text):
+        """A line of a CSV or TSV table -> list of str."""
+        text = text.rstrip("\r\n")
+        return text.split("\t") if self.suffix == ".tsv" else next(csv.reader(io.StringIO(text, newline="")), [])
+
+    def fields(self, record):
+        """A record's bytes -> {column: value}.  Raises ValueError where it cannot be read."""
+        text = record.decode("utf-8", "replace")
+        fields = json.loads(text) if self.columns is None else dict(zip(self.columns, self.cells(text)))
+        if not isinstance(fields, dict):
+            raise ValueError("the record is no list of named fields")
+        return fields
+
+    def image(self, fields):
+        """The path of a record's picture."""
+        name = next((fields[name] for name in IMAGE_FIELDS if fields.get(name)), None)
+        if not isinstance(name, str):
+            raise ValueError(f"the record names no picture ({', '.join(IMAGE_FIELDS)})")
+        return name
+
+    def captions(self, fields):
+        if "class" not in fields:
+            return texts(fields)
+        names = self.words.get(fields["class"], fields["class"].replace("_", " ")).split(", ")
+        return [template.replace("{}", name) for name in names for template in self.templates]
+
+    def texts(self, row):
+        """The captions of a row, one of which is drawn at each visit.  Raises ValueError where there is none."""
+        return self.captions(self.fields(self.bytes(0, *self.rows[["text", "text_size"]][row].item())))
+
+    def read(self, row):
+        """-> bytes of the picture's file, captions.  Raises one of BAD_IMAGE where the pair cannot be used."""
+        number, start, size, offset, length, kind = self.rows[row].item()
+        fields = self.fields(self.bytes(0, offset, length))
+        captions = self.captions(fields)
+        if kind == OWN_FILE:
+            return Path(self.home, self.image(fields)).read_bytes(), captions
+        head = self.bytes(number, start, 30)  # the member's own header: names and extras of any length follow
+        content = self.bytes(number, start + 30 + sum(struct.unpack("<HH", head[26:])), size)
+        return zlib.decompress(content, -15) if kind == ZIP_DEFLATED else content, captions
+
+
+def _records(file, suffix):
+    """The records of a table, as bytes; one of CSV ends where its quotes are closed.  Raises ValueError."""
+    record, quotes = b"", 0
+    for line in file:
+        record += line
+        if suffix == ".csv" and (quotes := quotes + line.count(b'"')) % 2:
+            if len(record) > 2 ** 20:
+                raise ValueError(f"{file.name}: a quote is not closed in '{record[:80].decode('utf-8', 'replace')}...'")
+            continue
+        yield record
+        record, quotes = b"", 0
+    if record:
+        yield record
+
+
+@lru_cache(8)
+def _zip_members(path):
+    """{name: (offset of its header, size, kind)} of a zip; none where it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {member.filename: (member.header_offset, member.compress_size,
+                                      ZIP_DEFLATED if member.compress_type else ZIP_STORED)
+                    for member in file.infolist() if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)}
+    except (OSError, zipfile.BadZipFile):
+        return {}
+
+
+def _class_lines(folder, classes):
+    """A table of the pictures in class folders, in an order without classes: neighbours are read together."""
+    found = [f"{name}/{path.name}\t{name}\n" for name in tqdm(classes, f"listing {folder}", disable=None, leave=False)
+             for path in picture_files(folder / name)]
+    yield b"image\tclass\n"
+    yield from (os.fsencode(found[i]) for i in np.random.default_rng(0).permutation(len(found)))
+
+
+def _record_lines(path):
+    """COCO's captions json, SLIP's yfcc15m.pkl or cc3m.npy as the lines of a JSONL table.  Raises ValueError."""
+    try:
+        if path.suffix == ".json":
+            content, captions = json.loads(path.read_bytes()), {}
+            for note in content["annotations"]:
+                captions.setdefault(note["image_id"], []).append(note["caption"])
+            records = [dict(image=image["file_name"], captions=captions[image["id"]]) for image in content["images"]
+                       if image["id"] in captions]
+        else:
+            records = [_slip_record(record) for record in load_plain_pickle(path)]
+    except (KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no COCO captions json and no list of (number, title, description) or of "
+                         f"{{image_id, captions}} as SLIP's ({type(error).__name__}: {error})") from error
+    return (json.dumps(record).encode() + b"\n" for record in records)
+
+
+def _slip_record(record):
+    if isinstance(record, dict):  # cc3m.npy: image_id is a path; cc12m.npy has image_name
+        return dict(image=str(record.get("image_name", record.get("image_id"))), captions=list(record["captions"]))
+    number, *captions = record  # yfcc15m.pkl: line of YFCC100M's table
+    return dict(image=yfcc_zip(number), captions=captions)
+
+
+def yfcc_zip(number):
+    """SLIP's place of a picture of YFCC100M: image 12345678 is images/12/345.zip/678.jpg."""
+    digits = f"{int(number):08d}"
+    return f"images/{digits[:-6]}/{digits[-6:-3]}.zip/{digits[-3:]}.jpg"
+
+
+class _Plain(pickle.Unpickler):
+    """Lists, tuples, dicts, strings, numbers, and numpy's arrays of such: nothing in the file can name a function."""
+
+    class Array:
+        def __setstate__(self, state):
+            self.items = state[-1]
+
+    class Type(Array):
+        def __init__(self, code, *_):
+            self.code = code
+
+    def find_class(self, module, name):
+        """What stands for numpy's constructors; UnpicklingError for all else."""
+        plain = dict(_reconstruct=lambda *_: self.Array(), ndarray=None, dtype=self.Type,
+                     scalar=lambda kind, raw: np.frombuffer(raw, str(np.dtype(kind.code)))[0].item())
+        if module.partition(".")[0] != "numpy" or name not in plain:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no plain value: it is not loaded")
+        return plain[name]
+
+
+def load_plain_pickle(path):
+    """A .pkl, or a .npy of objects, without running code.  Raises UnpicklingError for all but plain values."""
+    with open(path, "rb") as file:
+        if path.suffix == ".npy":
+            np.lib.format.read_magic(file)
+            if not np.lib.format.read_array_header_1_0(file)[2].hasobject:
+                raise ValueError("an array of numbers")
+        content = _Plain(file).load()
+    return content.items if isinstance(content, _Plain.Array) else content
+
+
+class Pairs:
+    """The pairs of several data sets as one collection: names or paths as --data takes them, NAME:2 is taken twice.
+
+    pairs[epoch, index] -> (bytes of a picture's file, list of captions), index < len(pairs); raises one of BAD_IMAGE.
+    With a weight w a part of n pairs holds w * n places in each epoch; epochs go on where the last one stopped, so a
+    weight of 0.5 shows each pair every other epoch.  `sizes` are the parts' places, `damage` is a list of sentences.
+    """
+
+    def __init__(self, names, root="data"):
+        self.sources, weights = [], []
+        for name in names:
+            place, _, weight = name.rpartition(":")
+            try:
+                weight = float(weight) if place else 1.0
+            except ValueError:
+                place, weight = "", 1.0  # a path with a colon
+            if not 0 < weight < 1000:
+                raise ValueError(f"the weight in --data {name} must be more than 0 and less than 1000")
+            where = locate(place or name, root)
+            if isinstance(where, list):
+                folders = {}
+                for path in where:
+                    folders.setdefault(path.parent, []).append(path.name)
+                new = [Shards(folder, names) for folder, names in folders.items()]
+            else:
+                new = [Table(where)]
+            if not any(map(len, new)):
+                raise FileNotFoundError(f"no pairs in {place or name}: no picture ({', '.join(IMAGE_SUFFIXES)}) with "
+                                        "a caption" + "".join(f"; {line}" for s in new for line in s.damage[:3]))
+            self.sources, weights = self.sources + new, weights + [weight] * len(new)
+        self.damage = [line for source in self.sources for line in source.damage]
+        self.owner = np.repeat(np.arange(len(self.sources), dtype=np.int32), [len(s.count) for s in self.sources])
+        self.first = np.concatenate([source.first for source in self.sources])
+        self.count = np.concatenate([source.count for source in self.sources])
+        self.sizes = np.concatenate([np.diff(np.rint(weight * np.cumsum(source.count)), prepend=0).astype(np.int64)
+                                     for source, weight in zip(self.sources, weights)])
+        self.ends = np.cumsum(self.sizes)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def digest(self):
+        """What must be equal for the order to be the same."""
+        return f"{len(self)} pairs, {zlib.crc32(self.sizes.tobytes() + self.count.tobytes()):08x}"
+
+    def find(self, epoch, index):
+        """-> the source of a place in an epoch, and the row there."""
+        part = int(np.searchsorted(self.ends, index, "right"))
+        size = int(self.sizes[part])
+        row = (index - (int(self.ends[part]) - size) + epoch * size) % int(self.count[part])
+        return self.sources[self.owner[part]], int(self.first[part]) + row
+
+    def __getitem__(self, key):
+        source, row = self.find(*key)
+        return source.read(row)
+
+    def name(self, epoch, index):
+        """Where a pair lies, for messages."""
+        source, row = self.find(epoch, index)
+        file, offset = source.place(row)
+        return f"{os.path.join(source.folder, file)} at byte {offset}"
 
     def captions(self, limit):
-        """The captions of the first `limit` pairs that have one, to learn a vocabulary from."""
-        for index in range(min(limit, len(self))):
+        """Captions of at most `limit` pairs, spread over all, to learn a vocabulary from."""
+        n = len(self)
+        for i in range(min(limit, n)):
+            source, row = self.find(0, i * n // min(limit, n))
             try:
-                yield self.caption(index)
-            except ValueError:
+                yield from source.texts(row)
+            except BAD_IMAGE:
                 pass  # an empty or unreadable caption: counted when the pair is drawn
 
-    def __getitem__(self, index):
-        """-> (RGB picture, caption).  Raises one of BAD_IMAGE where the pair cannot be used."""
-        shard, offset, size = self.rows[index, :3].tolist()
-        return decode(self._read(shard, offset, size)), self.caption(index)
 
-    def _read(self, shard, offset, size):
-        with open(self.paths[shard], "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+# ---------------------------------------------------------------- order
+
+class Order:
+    """Which pair stands at which place of an epoch: a pure function of (seed, epoch, position).
+
+    The parts (shards) are permuted, cut into groups of about `window` pairs, and the pairs of a group permuted: what is
+    read together lies in a few shards, and memory grows with the shards, not with the pairs.
+    """
+
+    def __init__(self, sizes, seed, window=100_000):  # our choice: ten shards of 10,000, some 3 GB of pictures
+        self.ends, self.seed, self.window = np.cumsum(sizes), seed, window
+        self.sizes, self.n = np.asarray(sizes), int(self.ends[-1])
+        self._epoch, self._group = None, None
+
+    def _parts(self, epoch):
+        """Permute the parts: their numbers, where each ends in the epoch, where each group's first part stands."""
+        if self._epoch != epoch:
+            self._epoch, self._group = epoch, None
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch], spawn_key=(0,)))
+            self._order = rng.permutation(len(self.sizes))
+            self._ends = np.cumsum(self.sizes[self._order])
+            group = (self._ends - self.sizes[self._order]) // self.window
+            self._firsts = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(group))
+
+    def __call__(self, epoch, start, stop):
+        """The indices (stop - start,) of the pairs at places start ... stop - 1 of an epoch."""
+        self._parts(epoch)
+        found = []
+        while start < stop:
+            part = np.searchsorted(self._ends, start, "right")
+            group = int(np.searchsorted(self._firsts, part, "right")) - 1
+            first, last = self._firsts[group], self._firsts[group + 1]
+            begin, end = int(self._ends[first - 1]) if first else 0, int(self._ends[last - 1])
+            if self._group is None or self._group[0] != group:
+                rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch], spawn_key=(1, group)))
+                places = begin + rng.permutation(end - begin)
+                parts = np.searchsorted(self._ends[first:last], places, "right")
+                shift = self.ends[self._order[first:last]] - self._ends[first:last]  # place in the epoch -> pair
+                self._group = group, places + shift[parts]
+            found.append(self._group[1][start - begin:min(stop, end) - begin])
+            start = min(stop, end)
+        return np.concatenate(found)
 
 
-def decode(content):
-    """Bytes of a picture file -> RGB picture: upright (EXIF), transparency on white.  Raises one of BAD_IMAGE."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+# ---------------------------------------------------------------- pictures and transforms: PIL in, PIL out
+
+def open_picture(content):
+    """Bytes of a picture file -> PIL picture whose pixels are not decoded yet.  Raises one of BAD_IMAGE.
+
+    More pixels than Pillow's limit (89 million) are an error: one such picture takes a worker's memory.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content))
+
+
+def _orientation(image):
+    return image.getexif().get(0x0112, 1)  # EXIF: 1 upright, from 5 on width and height change places
+
+
+def upright_size(image):
+    """-> (width, height) as EXIF turns the picture."""
+    return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
+def decode(content, shrink=1.0):
+    """Bytes of a picture file -> RGB picture: upright (EXIF), transparency on white, first frame, 16 bits as 8.
+
+    `content` may also be open_picture's.  A JPEG that is to be shrunk that many times anyway is decoded at 1/2, 1/4 or
+    1/8 of its size, never smaller than asked for.  Raises one of BAD_IMAGE.
+    """
+    image = open_picture(content) if isinstance(content, bytes) else content
+    if shrink >= 2:
+        image.draft(image.mode, [math.ceil(side / shrink) for side in image.size])  # only JPEGs can
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # grey of 16 bits, which convert would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ---------------------------------------------------------------- transforms: PIL in, PIL out
-
-def random_resized_crop(image, size, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """Inception's crop as torchvision draws it: a share of the area in `scale`, an aspect in `ratio`, then bilinear."""
-    width, height = image.size
+def crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3)):
+    """Inception's crop as torchvision draws it: a share of the area in `scale`, an aspect in `ratio`.  -> x, y, w, h"""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            return image.resize((size, size), Image.BILINEAR, (x, y, x + w, y + h))
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     # An extreme picture: the largest middle part of an allowed aspect.
     w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    x, y = (width - w) // 2, (height - h) // 2
-    return image.resize((size, size), Image.BILINEAR, (x, y, x + w, y + h))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
-def simclr_view(image, size, rng):
-    """SLIP's view for SimCLR: crop (.08, 1), jitter (.4, .4, .4, .1) p .8, grey .2, blur (.1, 2) p .5, mirror .5."""
-    image = random_resized_crop(image, size, (0.08, 1.0), rng)
+def crop(image, box, size, full_size=None):
+    """A box of the picture, resized to a square.  full_size: what the box is measured on, if not image.size."""
+    x, y, w, h = box
+    kx, ky = (a / b for a, b in zip(image.size, full_size or image.size))
+    return image.resize((size, size), Image.BILINEAR, (kx * x, ky * y, kx * (x + w), ky * (y + h)))
+
+
+def distort(image, rng):
+    """SLIP's distortion of a SimCLR view: jitter (.4, .4, .4, .1) p .8, grey .2, blur (.1, 2) p .5, mirror .5."""
     if rng.random() < 0.8:
         for change in rng.permutation(4):
             if change == 3:  # hue: a turn of at most a tenth of the circle
@@ -433,16 +1034,21 @@ def block_mask(grid, ratio, rng):
     rows, columns = grid
     hidden, mask = round(ratio * rows * columns), np.zeros(grid, bool)
     smallest = rows * columns * 16 / 196  # BEiT: 16 of 196 patches
-    while (missing := hidden - mask.sum()) > 0:
-        area = rng.uniform(smallest, max(smallest, missing))
-        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))  # BEiT
-        h = min(rows, max(1, round(math.sqrt(area * aspect))))
-        w = min(columns, max(1, round(math.sqrt(area / aspect))))
-        y, x = rng.integers(rows - h + 1), rng.integers(columns - w + 1)
-        block = np.zeros(grid, bool)
-        block[y:y + h, x:x + w] = True
-        new = np.flatnonzero(block & ~mask)
-        mask.flat[new[:missing]] = True
+    missing = hidden
+    while missing:
+        for a, b, c, d in rng.random((16, 4)).tolist():  # one call for many numbers: this runs once a sample
+            area = smallest + a * (max(smallest, missing) - smallest)
+            aspect = math.exp((2 * b - 1) * math.log(1 / 0.3))  # BEiT: from 0.3 to 1 / 0.3
+            h = min(rows, max(1, round(math.sqrt(area * aspect))))
+            w = min(columns, max(1, round(math.sqrt(area / aspect))))
+            y, x = int(c * (rows - h + 1)), int(d * (columns - w + 1))
+            block = mask[y:y + h, x:x + w]
+            new = min(missing, h * w - np.count_nonzero(block))
+            if new == missing:
+                block[np.unravel_index(np.flatnonzero(~block)[:new], block.shape)] = True
+                return mask.ravel()
+            block[:] = True
+            missing -= new
     return mask.ravel()
 
 
@@ -464,25 +1070,35 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        config, rng, bad = self.config, np.random.default_rng([self.config.seed, *key]), []
+        rng, bad = np.random.default_rng([self.config.seed, epoch, index]), []
         while True:
             try:
-                image, caption = self.pairs[index]
-                break
+                return dict(self.sample(epoch, index, rng), bad=bad)
             except BAD_IMAGE as error:
-                bad.append(f"{self.pairs.name(index)}: {error}")
+                bad.append(f"{self.pairs.name(epoch, index)}: {error}")
                 if len(bad) == 20:
                     raise ValueError("20 bad pairs in a row, the data is damaged: " + "; ".join(bad[:3])) from error
                 index = int(rng.integers(len(self.pairs)))
-        sample, size, side = dict(bad=bad), self.shape.image_size, self.shape.grid
+
+    def sample(self, epoch, index, rng):
+        """One pair as the method wants it.  Raises one of BAD_IMAGE."""
+        content, captions = self.pairs[epoch, index]
+        image, config, sample = open_picture(content), self.config, {}
+        size, side, full = self.shape.image_size, self.shape.grid, upright_size(image)
+        caption = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
+        # All boxes are drawn before the picture is decoded, so that it is decoded no larger than they need.
+        boxes = [crop_box(*full, (smallest, 1.0), rng) for name, smallest in (
+            ("images", config.crop_min), ("views", 0.08), ("views", 0.08)) if name in self.needs]  # 0.08: SLIP, SimCLR
+        image = decode(image, min(min(w, h) for _, _, w, h in boxes) / size)
+        crops = [crop(image, box, size, full) for box in boxes]
         if "images" in self.needs:
-            sample["images"] = _pixels(random_resized_crop(image, size, (config.crop_min, 1.0), rng))
+            sample["images"] = _pixels(crops.pop(0))
         if "views" in self.needs:
-            sample["views"] = torch.stack([_pixels(simclr_view(image, size, rng)) for _ in range(2)])
+            sample["views"] = torch.stack([_pixels(distort(view, rng)) for view in crops])
         if "mask" in self.needs:
-            mask = torch.from_numpy(block_mask((side, side), config.mask_ratio, rng) if config.mask == "block" else
-                                    random_mask(side * side, config.mask_ratio, rng))
-            sample["ids_keep"], sample["ids_hide"] = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
+            mask = (block_mask((side, side), config.mask_ratio, rng) if config.mask == "block" else
+                    random_mask(side * side, config.mask_ratio, rng))
+            sample["ids_keep"], sample["ids_hide"] = np.flatnonzero(~mask), np.flatnonzero(mask)
         if "text" in self.needs:
             sample["tokens"] = self.tokenizer(caption, self.shape.context_length)[0]
         if "mlm" in self.needs:
@@ -496,7 +1112,7 @@ class Samples(torch.utils.data.Dataset):
         batch = dict(bad=[line for sample in samples for line in sample["bad"]])
         for name in ("images", "views", "ids_keep", "ids_hide"):
             if name in samples[0]:
-                batch[name] = torch.stack([sample[name] for sample in samples])
+                batch[name] = torch.utils.data.default_collate([sample[name] for sample in samples])  # shared at once
         if "tokens" in samples[0]:
             batch["tokens"] = padded("tokens")
         if "mlm" in samples[0]:
@@ -514,39 +1130,33 @@ def _pixels(image):
 def _mlm_mask(length, ratio, rng):
     """Which of a row's tokens to mask: a share `ratio` of those between start and end, at least one if there is any."""
     inner = length - 2
-    mask = torch.zeros(length, dtype=torch.bool)
+    mask = np.zeros(length, bool)
     mask[1 + rng.permutation(inner)[:max(1, round(ratio * inner))]] = True
-    return mask
-
-
-def ignore_stops(*_):
-    """Ctrl-C and schedulers signal worker processes too: the main process answers."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+    return torch.from_numpy(mask)
 
 
 class GlobalBatches(torch.utils.data.Sampler):
     """The (epoch, index) keys of this rank's share of each global batch, from global step `first` to the last.
 
-    An epoch is a permutation drawn from (seed, epoch), cut into global batches; the rest of it is left out.  Rank r
-    of W takes rows r * B/W .. (r+1) * B/W - 1 of each, so that the global batches do not depend on W.
+    Epochs follow one another without a gap: step s takes places s * B ... (s + 1) * B - 1 of that stream, and no pair
+    is left out.  Rank r of W takes rows r * B/W ... (r + 1) * B/W - 1, so the global batches do not depend on W.
     """
 
-    def __init__(self, n, batch_size, seed, first, last, rank=0, world=1):
-        self.n, self.batch_size, self.seed, self.first, self.last = n, batch_size, seed, first, last
-        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    def __init__(self, order, batch_size, first, last, rank=0, world=1):
+        self.order, self.batch_size, self.first, self.last = order, batch_size, first, last
+        self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __len__(self):
         return self.last - self.first
 
     def __iter__(self):
-        per_epoch = self.n // self.batch_size
         for step in range(self.first, self.last):
-            epoch, k = divmod(step, per_epoch)
-            if k == 0 or step == self.first:
-                order = np.random.default_rng([self.seed, epoch, self.n]).permutation(self.n)  # n: no sample's seed
-            batch = order[k * self.batch_size:(k + 1) * self.batch_size]
-            yield [(epoch, int(index)) for index in batch[self.share]]
+            keys, place = [], step * self.batch_size + self.share.start
+            while len(keys) < len(self.share):
+                epoch, start = divmod(place, self.order.n)
+                indices = self.order(epoch, start, min(self.order.n, start + len(self.share) - len(keys)))
+                keys, place = keys + [(epoch, index) for index in indices.tolist()], place + len(indices)
+            yield keys
 
 
 # ---------------------------------------------------------------- evaluation sets
@@ -593,3 +1203,236 @@ def karpathy(folder):
     if not paths:
         raise ValueError(f"{file} has no picture of split 'test'")
     return paths, texts, owners
+
+
+def templates_of(folder):
+    """The lines of the set's own templates.txt, or TEMPLATES."""
+    file = Path(folder) / "templates.txt"
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [line for line in lines if line.strip()] or TEMPLATES
+
+
+# ---------------------------------------------------------------- commands
+
+def pack(pairs, out, size=0, shard_size=10_000):
+    """Write all pairs as shards OUT/00000.tar ...; those that are there are kept.  -> list of what was left out
+
+    size: pictures with a longer short side are resized to it (bicubic, JPEG of quality 95 as img2dataset); others, and
+    all with 0, keep their bytes.  Raises ValueError where OUT was packed from something else or in another way.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    stamp, stamp_file = dict(pairs=pairs.digest(), size=size, shard_size=shard_size), out / "pack.json"
+    if not stamp_file.is_file() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and was not packed by this program: give another --out")
+    if stamp_file.is_file() and json.loads(stamp_file.read_text("utf-8")) != stamp:
+        raise ValueError(f"{out} was packed from other pairs or in another way ({stamp_file.read_text('utf-8')} there, "
+                         f"{json.dumps(stamp)} now): give another --out")
+    stamp_file.write_text(json.dumps(stamp), "utf-8")
+    numbers = [i for i in range(math.ceil(len(pairs) / shard_size)) if not (out / f"{i:05d}.tar").is_file()]
+    return sum(in_parallel(partial(_pack_shard, pairs, out, size, shard_size), numbers, f"packing into {out}"), [])
+
+
+def _pack_shard(pairs, out, size, shard_size, number):
+    bad = []
+    with making(out / f"{number:05d}.tar") as file, tarfile.open(fileobj=file, mode="w",
+                                                                 format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(number * shard_size, min(len(pairs), (number + 1) * shard_size)):
+            try:
+                content, captions = pairs[0, i]
+                image = open_picture(content)
+                suffix = dict(JPEG="jpg", MPO="jpg", PNG="png", WEBP="webp").get(image.format)
+                if suffix is None or 0 < size < min(image.size):
+                    shrink, suffix = (min(image.size) / size if 0 < size < min(image.size) else 1.0), "jpg"
+                    image = decode(image, shrink / 2)  # of twice the size at least, for bicubic's sake
+                    shrink = max(1.0, min(image.size) / size if size else 1.0)
+                    image = image.resize([max(1, round(side / shrink)) for side in image.size], Image.BICUBIC)
+                    content = _encoded(image, "JPEG", quality=95)
+            except BAD_IMAGE as error:
+                bad.append(f"{pairs.name(0, i)}: {error}")
+                continue
+            key = f"{number:05d}{i - number * shard_size:05d}"
+            add_member(tar, f"{key}.{suffix}", content)
+            if len(captions) == 1:
+                add_member(tar, f"{key}.txt", captions[0].encode())
+            else:
+                add_member(tar, f"{key}.json", json.dumps(dict(captions=captions)).encode())
+    return bad
+
+
+def check(pairs):
+    """Decode every pair once; write what cannot be used into skip lists beside the data.  -> list of (name, reason)
+
+    Training and all commands leave out what the lists name, until they are deleted.
+    """
+    found = []
+    for source in pairs.sources:
+        bad = sum(in_parallel(partial(_check_part, source), range(len(source.count)), f"checking {source.path}"), [])
+        if bad:
+            old = made(source.path, ".skip")
+            lines = (old.read_text("utf-8") if old else "") + "".join(
+                f"{file}\t{offset}\t{reason}\n" for file, offset, reason in bad)
+            with making(to_make(source.path, ".skip")) as file:
+                file.write(lines.encode())
+        found += [(os.path.join(source.folder, file), reason) for file, _, reason in bad]
+    return found
+
+
+def _check_part(source, part):
+    bad = []
+    for row in range(source.first[part], source.first[part] + source.count[part]):
+        try:
+            decode(source.read(row)[0])
+        except BAD_IMAGE as error:
+            bad.append((*source.place(row), " ".join(str(error).split())))
+    return bad
+
+
+def show(pairs, out, count=24, size=224, crop_min=0.5, seed=0):
+    """A contact sheet of random pairs, cropped as in training, each over the caption drawn for it."""
+    columns, line = 6, 14
+    sheet = Image.new("RGB", (columns * (size + 8), math.ceil(count / columns) * (size + 5 * line)), "white")
+    pen, rng = ImageDraw.Draw(sheet), np.random.default_rng(seed)
+    for k in range(count):
+        epoch, index = 0, int(rng.integers(len(pairs)))
+        x, y = k % columns * (size + 8) + 4, k // columns * (size + 5 * line) + 4
+        try:
+            content, captions = pairs[epoch, index]
+            image = decode(content)
+            caption = captions[int(rng.integers(len(captions)))]
+            sheet.paste(crop(image, crop_box(*image.size, (crop_min, 1.0), rng), size), (x, y))
+        except BAD_IMAGE as error:
+            caption = f"bad pair: {error}"
+        lines = textwrap.wrap(caption, size // 6, max_lines=4, placeholder=" ...")
+        pen.multiline_text((x, y + size + 2), "\n".join(lines), fill="black", spacing=2)
+    with making(out) as file:
+        sheet.save(file, "PNG")
+
+
+def stats(pairs, limit=10_000):
+    """Numbers of pairs, and of `limit` of them, spread evenly, the lengths and sizes.  -> text"""
+    n, step = len(pairs), max(1, math.ceil(len(pairs) / limit))
+    parts = in_parallel(partial(_measure, pairs, Tokenizer.clip()), [range(i, min(n, i + 100 * step), step)
+                                                                     for i in range(0, n, 100 * step)], "measuring")
+    found = np.array([row for rows, _ in parts for row in rows])
+    lines = [f"{len(source):,} pairs in {len(source.count):,} parts: {source.path}" for source in pairs.sources]
+    lines += [f"{n:,} pairs an epoch; of {len(found) + sum(bad for _, bad in parts):,}, spread evenly:",
+              f"{'':<28}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most"))]
+    for name, values in zip(("captions", "tokens with start and end", "width", "height", "bytes"), found.T):
+        lines.append(f"{name:<28}" + "".join(f"{v:>10,.0f}" for v in np.percentile(values, (0, 5, 50, 95, 100))))
+    lines.append(f"{(found[:, 1] > 77).mean():.1%} of the captions are longer than 77 tokens; "
+                 f"{sum(bad for _, bad in parts)} pairs are bad")
+    return "\n".join(lines)
+
+
+def _measure(pairs, tokenizer, indices):
+    rows, bad = [], 0
+    for i in indices:
+        try:
+            content, captions = pairs[0, i]
+            rows.append((len(captions), 2 + len(tokenizer.encode(captions[0])), *upright_size(open_picture(content)),
+                         len(content)))
+        except BAD_IMAGE:
+            bad += 1
+    return rows, bad
+
+
+def clean_yfcc(text):
+    """A title or description of YFCC100M's table as SLIP cleaned it: unquoted, without links, bold and italics, URLs.
+
+    White space is made single besides, as the tokenizer does anyway.
+    """
+    text = unquote(text).replace("+", " ")
+    text = re.sub(r"<a.*?>|</a>|<b>|</b>|<i>|</i>", "", text)
+    return " ".join(re.sub(r"http\S+|www\S+", "", text).split())
+
+
+def yfcc(subset, dataset, out, hashed=False):
+    """OpenAI's list of YFCC-15M and YFCC100M's table -> a table of image, url, title, description.  -> rows, left out
+
+    subset: lines of (line number, photo identifier, hash).  dataset: 25 columns of which the first three are the same,
+    the ninth and tenth title and description, the 17th the URL.  Either may be .bz2.  image: SLIP's place in zips, or
+    with `hashed` that of the public bucket, HAS/HHA/HASH.jpg.  Rows without any caption are left out.
+    """
+    def lines(path):
+        with tqdm(total=os.path.getsize(path), desc=f"reading {path}", unit="B", unit_scale=True, disable=None) as bar:
+            with open(path, "rb") as raw, bz2.open(raw) if Path(path).suffix == ".bz2" else raw as file:
+                for line in file:
+                    yield line.decode("utf-8", "replace").rstrip("\n")
+                    bar.update(raw.tell() - bar.n)
+
+    wanted, rows, left_out = np.zeros(2 ** 27, bool), 0, 0  # YFCC100M has 100 million lines
+    for line in lines(subset):
+        wanted[int(line.split("\t", 1)[0])] = True
+    with making(out) as file:
+        file.write(b"image\turl\ttitle\tdescription\n")
+        for line in lines(dataset):
+            number = int(line[:line.index("\t")])
+            if wanted[number]:
+                cells = line.split("\t")
+                if len(cells) != 25:
+                    raise ValueError(f"{dataset}: line {number} has {len(cells)} columns, not 25")
+                title, description, name = clean_yfcc(cells[8]), clean_yfcc(cells[9]), cells[2]
+                if not title and not description:
+                    left_out += 1
+                    continue
+                image = f"{name[:3]}/{name[3:6]}/{name}.jpg" if hashed else yfcc_zip(number)
+                file.write(f"{image}\t{cells[16]}\t{title}\t{description}\n".encode())
+                rows += 1
+    return rows, left_out
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in dict(stats="pairs, caption lengths in tokens, picture sizes",
+                           show="a contact sheet of random pairs",
+                           check="decode everything once, list what is bad, and skip it from then on",
+                           pack="write shards; goes on where it was stopped").items():
+        command = commands.add_parser(name, help=help)
+        command.add_argument("data", nargs="+", help="as train.py's --data")
+        command.add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"))
+        if name in ("show", "pack"):
+            command.add_argument("--out", required=True, help="the PNG file" if name == "show" else "folder of shards")
+        if name == "pack":
+            command.add_argument("--size", type=int, default=0, help="resize longer short sides to this; 0: keep bytes")
+            command.add_argument("--shard-size", type=int, default=10_000, help="pairs a shard")
+        if name == "show":
+            command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("yfcc", help="captions of YFCC-15M, cleaned as SLIP's")
+    command.add_argument("subset", help="OpenAI's yfcc100m_subset_data.tsv")
+    command.add_argument("dataset", help="YFCC100M's yfcc100m_dataset.txt")
+    command.add_argument("--out", required=True, help="the table, say yfcc15m.tsv")
+    command.add_argument("--hashed", action="store_true", help="pictures lie as in the public bucket, by hash")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "yfcc":
+            rows, left_out = yfcc(args.subset, args.dataset, Path(args.out), args.hashed)
+            print(f"{args.out}: {rows:,} pictures with captions; {left_out:,} had none once cleaned")
+            return
+        pairs = Pairs(args.data, args.root)
+        for line in pairs.damage:
+            print(f"warning: {line}")
+        if args.command == "stats":
+            print(stats(pairs))
+        elif args.command == "show":
+            show(pairs, Path(args.out), seed=args.seed)
+            print(args.out)
+        elif args.command == "check":
+            bad = check(pairs)
+            for (file, reason), count in sorted(Counter(bad).items()):
+                print(f"{count:>7} in {file}: {reason}")
+            lists = [str(place) for source in pairs.sources if (place := made(source.path, ".skip"))]
+            print(f"{len(bad):,} of {len(pairs):,} pairs are bad" + bool(bad) * " and are skipped from now on"
+                  + bool(lists) * f"; delete {', '.join(lists)} to have them back")
+        else:
+            bad = pack(pairs, Path(args.out), args.size, args.shard_size)
+            print("".join(f"left out: {line}\n" for line in bad[:10]) + f"{args.out}: packed; {len(bad):,} pairs bad")
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: error: {str(error).splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; the same command goes on" if args.command == "pack" else "data.py: interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,9 +23,6 @@ import data
 import model as models
 from tokenizer import Tokenizer
 
-TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}")  # our choice, where a set has no templates.txt
-
-
 # ---------------------------------------------------------------- loading
 
 def newest_checkpoint(runs="runs"):
@@ -127,13 +124,6 @@ def zeroshot_classifier(model, tokenizer, classnames, templates):
     return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=1)
 
 
-def templates_of(folder):
-    """The lines of the set's own templates.txt, or TEMPLATES."""
-    file = Path(folder) / "templates.txt"
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    return [line for line in lines if line.strip()] or TEMPLATES
-
-
 # ---------------------------------------------------------------- metrics: tensors or arrays -> float in [0, 1]
 
 def accuracy(scores, targets):
@@ -205,7 +195,8 @@ def recall_at_k(similarity, text_to_image, ks=(1, 5, 10)):
 def zeroshot(model, tokenizer, folder):
     """Zero-shot classification of a class folder (CLIP).  "per_class" holds each class's recall."""
     paths, labels, names = data.class_folder(folder)
-    classifier = zeroshot_classifier(model, tokenizer, [name.replace("_", " ") for name in names], templates_of(folder))
+    spoken = [name.replace("_", " ") for name in names]
+    classifier = zeroshot_classifier(model, tokenizer, spoken, data.templates_of(folder))
     scores, targets = encode_unit(model, paths) @ classifier.T, torch.tensor(labels)
     return dict(scores={"top-1": accuracy(scores, targets), "mean per class": mean_per_class(scores, targets)},
                 chance=1 / len(names), over=f"{len(paths)} pictures of {len(names)} classes",
@@ -240,7 +231,7 @@ def dense(model, tokenizer, folder):
     paths = data.picture_files(folder / "images")
     if not paths:
         raise FileNotFoundError(f"no pictures in {folder / 'images'}")
-    classifier = zeroshot_classifier(model, tokenizer, names, templates_of(folder))
+    classifier = zeroshot_classifier(model, tokenizer, names, data.templates_of(folder))
     features = F.normalize(encode_pictures(model.encode_patches, paths, model), dim=2)    # (n, N, E)
     side, size = model.config.grid, model.config.image_size
     confusion = torch.zeros(len(names), len(names), dtype=torch.long)

@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,7 +39,8 @@ def flag(default, help):
 @dataclass
 class TrainConfig:
     """Everything that fixes a run; saved in each checkpoint.  Defaults are the paper's, or SLIP's CLIP recipe's."""
-    data: list = flag(("demo",), "demo, cc3m, cc12m, yfcc15m, or folders of tar shards; several are taken together")
+    data: list = flag(("demo",),
+                      "demo, cc3m, cc12m, yfcc15m, or paths of shards, tables, class folders; NAME:2 is taken twice")
     root: str = flag("", "where named data sets lie; else $MASKCLIP_DATA, else ./data")
     out: str = flag("", "folder of this run; else runs/DATA-METHOD")
     method: str = flag("maskclip", ", ".join(models.METHODS))
@@ -67,6 +69,7 @@ class TrainConfig:
     log_every: int = flag(10, "steps between lines of log.jsonl")
     save_minutes: float = flag(20.0, "minutes between checkpoints, beside one per epoch")
     resume: str = flag("", "checkpoint to go on from; else last.pt in --out, where there is one")
+    bad_limit: float = flag(0.01, "stop when more than this share of the pairs could not be used")  # our choice
     steps: int = flag(0, "stop after this global step, 0: at the end; the schedules stay those of --epochs")
 
 
@@ -87,7 +90,7 @@ METHOD_RECIPES = dict(
     mae=dict(lr=2.4e-3, weight_decay=0.05, beta2=0.95, crop_min=0.2),                       # MAE: 1.5e-4 a batch of 256
 )
 # Settings that do not change what is learned: they may differ when a run goes on.
-FREE = ("root", "out", "resume", "workers", "log_every", "save_minutes", "steps")
+FREE = ("root", "out", "resume", "workers", "log_every", "save_minutes", "bad_limit", "steps")
 
 
 def parse(argv=None):
@@ -106,7 +109,8 @@ def resolve(given):
     Raises ValueError for what cannot be.
     """
     names = given.get("data", ["demo"])
-    recipe = names[0] if names[0] in RECIPES else "demo" if given.get("model", "tiny") == "tiny" else "cc3m"
+    first = names[0].partition(":")[0]  # without its weight
+    recipe = first if first in RECIPES else "demo" if given.get("model", "tiny") == "tiny" else "cc3m"
     of_method = METHOD_RECIPES.get(given.get("method"), {}) if recipe != "demo" else {}
     config = TrainConfig(**{**RECIPES[recipe], **of_method, **given, "data": names})
     for what, allowed in dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"),
@@ -121,7 +125,7 @@ def resolve(given):
                                  f"{'' if high == math.inf else f' and at most {high}'}, not {getattr(config, what)}")
     config.root = config.root or os.environ.get("MASKCLIP_DATA", "data")
     label = "+".join("-".join(Path(name).resolve().parts[-2:]) if os.sep in name else name for name in names)
-    config.out = config.out or f"runs/{label}-{config.method}"
+    config.out = config.out or f"runs/{re.sub(r'[^-+.=0-9A-Z_a-z]+', '_', label)}-{config.method}"
     return config
 
 
@@ -187,13 +191,12 @@ def join():
 
 
 def open_pairs(config, rank, world):
-    """The pairs of all data sets; rank 0 draws the demo, if that is wanted, before the others look.  -> data.Shards"""
+    """The pairs of all data sets; rank 0 draws the demo and writes the indices before the others look."""
     if rank > 0:
         dist.barrier()
-    folders = [data.find(name, config.root) for name in config.data]
+    pairs = data.Pairs(config.data, config.root)
     if rank == 0 and world > 1:
         dist.barrier()
-    pairs = data.Shards(*folders)
     if len(pairs) < config.batch_size:
         raise ValueError(f"{len(pairs)} pairs are fewer than one global batch: give --batch-size {len(pairs)} or less")
     if config.batch_size % world:
@@ -275,11 +278,11 @@ def run(config):
     pairs = open_pairs(config, rank, world)
     for line in pairs.damage:
         say(f"warning: {line}")
-    per_epoch = len(pairs) // config.batch_size
-    if saved and saved["pairs"] != len(pairs):
-        raise ValueError(f"the data held {saved['pairs']:,} pairs when the checkpoint was made and holds "
-                         f"{len(pairs):,} now, so the order would be another: give another --out")
-    total = config.epochs * per_epoch
+    per_epoch, digest = len(pairs) / config.batch_size, pairs.digest()
+    if saved and saved["pairs"] != digest:
+        raise ValueError(f"the data was another when the checkpoint was made ({saved['pairs']} then, {digest} now), so "
+                         "the order would be another: give another --out")
+    total = config.epochs * len(pairs) // config.batch_size
     first, stop_at = saved["step"] if saved else 0, min(total, config.steps or total)
 
     tokenizer = make_tokenizer(config, pairs, saved)
@@ -295,7 +298,8 @@ def run(config):
     student = DistributedDataParallel(model) if world > 1 else model
 
     samples = data.Samples(pairs, tokenizer, model.needs, config, shape)
-    batches = data.GlobalBatches(len(pairs), config.batch_size, config.seed, first, stop_at, rank, world)
+    order = data.Order(pairs.sizes, config.seed)
+    batches = data.GlobalBatches(order, config.batch_size, first, stop_at, rank, world)
     workers = config.workers if config.workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world - 1))
     loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate,
                                          num_workers=workers, pin_memory=device.type == "cuda",
@@ -307,7 +311,7 @@ def run(config):
 
     say(f"{config.method} {config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{len(tokenizer):,} tokens; {', '.join(config.data)}: {len(pairs):,} pairs; {config.epochs} epochs of "
-        f"{per_epoch} steps; batch {config.batch_size} = {world} x {config.batch_size // world}; "
+        f"{per_epoch:.1f} steps; batch {config.batch_size} = {world} x {config.batch_size // world}; "
         f"{'bf16' if bf16 else 'fp32'} on {device.type}\n"
         + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
     if saved:
@@ -352,12 +356,17 @@ def run(config):
         log_now, stop = step % config.log_every == 0 or step == stop_at, bool(noted)
         if world > 1:
             stop = log_now and any_rank(noted, device)
-        save_now = stop or step == stop_at or step % per_epoch == 0
+        epoch_ends = step * config.batch_size % len(pairs) < config.batch_size
+        save_now = stop or step == stop_at or epoch_ends
         if log_now or save_now:  # the only times at which the device is waited for
             sums = torch.stack([*terms.values(), torch.tensor(float(bad), device=device)]).detach()
             if world > 1:
                 dist.all_reduce(sums)
             values = dict(zip(terms, (sums[:-1] / world).tolist()))  # each rank's terms are means over its own rows
+            if sums[-1] > max(20, config.bad_limit * step * config.batch_size):  # 20: our choice, for the first steps
+                raise ValueError(f"{int(sums[-1]):,} of {step * config.batch_size:,} pairs were bad, more than "
+                                 f"--bad-limit {config.bad_limit}: see the warnings above; python data.py check "
+                                 f"{' '.join(config.data)} lists them, and they are skipped then")
             if not all(map(math.isfinite, values.values())):
                 raise ValueError(f"the loss is not finite at step {step}: {values}; an older {out / 'last.pt'} is good")
         if rank == 0 and log_now:
@@ -375,7 +384,7 @@ def run(config):
         if rank == 0 and (save_now or log_now and time.time() - saved_at > 60 * config.save_minutes):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise ValueError(f"the weights are not finite at step {step}; an older {out / 'last.pt'} is good")
-            save(out / "last.pt", dict(step=step, pairs=len(pairs), bad=int(sums[-1]),
+            save(out / "last.pt", dict(step=step, pairs=digest, bad=int(sums[-1]),
                                        config=dataclasses.asdict(config), model_config=dataclasses.asdict(shape),
                                        tokenizer=[" ".join(pair) for pair in tokenizer.merges],
                                        **{name: part.state_dict() for name, part in parts.items()}))
@@ -393,7 +402,7 @@ def run(config):
         elif step < total:
             say(f"stopped after --steps {step} of {total}; without --steps the same command goes on")
         else:
-            report(model.eval(), tokenizer, pairs.paths[0].parent)
+            report(model.eval(), tokenizer, Path(pairs.sources[0].folder))
 
 
 def report(model, tokenizer, folder):

@@ -1,5 +1,4 @@
 """The loop: recipes, schedules, resume, two ranks, signals, and what a user may give it that is wrong."""
-import io
 import json
 import math
 import os
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 def shards(tmp_path_factory):
     """64 pairs of the demo world."""
     folder = tmp_path_factory.mktemp("pairs")
-    data._draw_shard(folder, 0, 0, 64)
+    data._draw_shard(folder, 0, 64, 0)
     return folder
 
 
@@ -120,10 +119,8 @@ def test_overfits_16_pairs_to_zero_shot_100(tmp_path):
             picture = data.draw_scene(np.random.default_rng(i), 1, [name])[0]
             (tmp_path / "test" / name).mkdir(parents=True)
             picture.save(tmp_path / "test" / name / "0.png")
-            for suffix, content in (("png", data._png(picture)), ("txt", name.encode())):
-                member = tarfile.TarInfo(f"{i}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            data.add_member(tar, f"{i}.png", (tmp_path / "test" / name / "0.png").read_bytes())
+            data.add_member(tar, f"{i}.txt", name.encode())
     (tmp_path / "test/templates.txt").write_text("{}\n")
     train.run(small(tmp_path, tmp_path / "run", epochs=80, batch_size=16, lr=1e-3, crop_min=0.9, log_every=20))
     result = evaluate.zeroshot(*evaluate.load_model(tmp_path / "run/last.pt"), tmp_path / "test")
@@ -172,7 +169,7 @@ def test_more_shards_than_before_are_refused(shards, tmp_path):
     shutil.copytree(shards, folder)
     train.run(small(folder, tmp_path / "run", steps=1))
     shutil.copy(folder / "00000.tar", folder / "00001.tar")
-    with pytest.raises(ValueError, match="held 64 pairs .* holds 128 now"):
+    with pytest.raises(ValueError, match=r"was another .*\(64 pairs.* then, 128 pairs.* now\)"):
         train.run(small(folder, tmp_path / "run"))
 
 
@@ -223,12 +220,30 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(shards, tm
 
 
 def test_bad_pairs_are_counted_in_the_log(tmp_path):
-    data._draw_shard(tmp_path, 0, 0, 24)
+    data._draw_shard(tmp_path, 0, 24, 0)
     content = bytearray((tmp_path / "00000.tar").read_bytes())
     content[512:700] = bytes(188)  # the first picture
     (tmp_path / "00000.tar").write_bytes(content)
     train.run(small(tmp_path, tmp_path / "run"))
     assert lines(tmp_path / "run")[-1]["bad"] == 1
+
+
+def test_too_many_bad_pairs_stop_the_run_and_check_lets_it_go_on(tmp_path):
+    """A third of 90 pairs is spoilt: the run ends with the way out, and `data.py check` is it."""
+    data._draw_shard(tmp_path, 0, 90, 0)
+    pairs = data.Pairs([str(tmp_path)])
+    content = bytearray((tmp_path / "00000.tar").read_bytes())
+    for row in pairs.sources[0].rows[::3]:
+        content[row["image"]:row["image"] + 30] = bytes(30)
+    (tmp_path / "00000.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="were bad, more than --bad-limit 0.01: .* python data.py check"):
+        train.run(small(tmp_path, tmp_path / "run", epochs=9))
+    bad = lines(tmp_path / "run")[-1]["bad"]  # written with the last step that was well, if any
+    train.run(small(tmp_path, tmp_path / "more", steps=4, bad_limit=0.9))
+    assert lines(tmp_path / "more")[-1]["bad"] > 5 and bad <= 20
+    assert len(data.check(data.Pairs([str(tmp_path)]))) == 30
+    train.run(small(tmp_path, tmp_path / "skipped", steps=4))
+    assert lines(tmp_path / "skipped")[-1]["bad"] == 0
 
 
 # ---------------------------------------------------------------- what a user may type

@@ -1,0 +1,129 @@
+"""Benchmarks: each compares things in one run and prints the ratio.  No test depends on them.
+
+    python tests/bench.py                 all
+    python tests/bench.py loader index    some
+
+`loader` compares with open_clip's chain too where it is installed (tests/peers.txt, .ci/run).
+"""
+import importlib.util
+import io
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import tokenizer
+
+CAPTION = "a photo of an old wooden boat on the shore of a quiet lake in the early morning, number {}"
+
+
+def jpeg(width, height, rng, quality=95):
+    """A picture with the 1/f spectrum of photographs.  -> JPEG bytes (of quality 95, img2dataset's)"""
+    f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) + 1 / width
+    spectrum = rng.normal(size=(3, *f.shape)) + 1j * rng.normal(size=(3, *f.shape))
+    grey, *colour = np.fft.irfft2(spectrum / f ** 1.2, (height, width))
+    pixels = np.stack([grey, grey + 0.3 * colour[0], grey + 0.3 * colour[1]], -1)
+    pixels = 128 + 50 * pixels / pixels.std()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def shards(folder, pictures, copies, shard_size=1000):
+    """Write each picture `copies` times, with captions.  -> folder"""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(pictures) * copies)
+    for number in range(0, len(order), shard_size):
+        with tarfile.open(folder / f"{number // shard_size:05d}.tar", "w") as tar:
+            for i in order[number:number + shard_size]:
+                data.add_member(tar, f"{i:09d}.jpg", pictures[i % len(pictures)])
+                data.add_member(tar, f"{i:09d}.txt", CAPTION.format(i).encode())
+    return folder
+
+
+def rate_of(batches, skip, size):
+    """Samples a second of an iterator of batches, the first `skip` left out."""
+    iterator = iter(batches)
+    for _ in range(skip):
+        next(iterator)
+    start, n = time.perf_counter(), 0
+    for _ in iterator:
+        n += size
+    return n / (time.perf_counter() - start)
+
+
+def pillow_rate(pictures, n):
+    """Pictures a second of one process that only decodes and resizes."""
+    start, rng = time.perf_counter(), np.random.default_rng(0)
+    for i in range(n):
+        image = Image.open(io.BytesIO(pictures[i % len(pictures)])).convert("RGB")
+        np.asarray(image.resize((224, 224), Image.BILINEAR, data_box(image, rng)))
+    return n / (time.perf_counter() - start)
+
+
+def data_box(image, rng):
+    x, y, w, h = data.crop_box(*image.size, (0.5, 1.0), rng)
+    return x, y, x + w, y + h
+
+
+def our_loader(folder, needs, batch_size=64, workers=1, seed=0, root="."):
+    pairs = data.Pairs([str(folder)], root)
+    config = SimpleNamespace(seed=seed, crop_min=0.5, mask="block", mask_ratio=0.75, mlm_ratio=0.2)
+    shape = SimpleNamespace(image_size=224, grid=14, context_length=77)
+    samples = data.Samples(pairs, tokenizer.Tokenizer.clip(), needs, config, shape)
+    batches = data.GlobalBatches(data.Order(pairs.sizes, seed), batch_size, 0, len(pairs) // batch_size)
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate, num_workers=workers)
+
+
+def open_clip_loader(folder, batch_size=64):
+    """open_clip's training chain: webdataset with its shuffles, torchvision's transforms, CLIP's tokenizer."""
+    import open_clip
+    import webdataset as wds
+    from open_clip.transform import image_transform
+    preprocess, tokenize = image_transform(224, is_train=True), open_clip.get_tokenizer("ViT-B-16")
+    urls = sorted(map(str, folder.glob("*.tar")))
+    dataset = wds.DataPipeline(
+        wds.SimpleShardList(urls), wds.split_by_worker, wds.tarfile_to_samples(),
+        wds.shuffle(bufsize=1000, initial=500), wds.select(lambda sample: "txt" in sample and "jpg" in sample),
+        wds.decode("pilrgb", handler=wds.ignore_and_continue), wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.map_dict(image=preprocess, text=lambda text: tokenize(text)[0]), wds.to_tuple("image", "text"),
+        wds.batched(batch_size, partial=False))
+    return wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=1)
+
+
+def loader():
+    """One worker against Pillow alone and against open_clip's chain, in turn, three times."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    for width, height, n in ((340, 256, 4096), (680, 512, 2048), (1360, 1024, 512)):
+        pictures = [jpeg(width, height, rng) for _ in range(32)]
+        with tempfile.TemporaryDirectory() as folder:
+            shards(Path(folder), pictures, n // 32)
+            rates = []
+            for _ in range(3):
+                row = [pillow_rate(pictures, n // 4)]
+                row += [rate_of(our_loader(folder, needs), 2, 64) for needs in (
+                    ("images", "text"), ("images", "text", "mask", "mlm"))]
+                if importlib.util.find_spec("open_clip"):
+                    row.append(rate_of(open_clip_loader(Path(folder)), 2, 64))
+                rates.append(row)
+            row = np.median(rates, 0)
+            peer = (f"; open_clip {row[3]:.0f}, CLIP's is {row[1] / row[3]:.2f} times that" if len(row) > 3 else
+                    "; open_clip not installed")
+            print(f"loader {width} x {height}, {np.mean([len(p) for p in pictures]) / 1000:.0f} KB, pictures/s, one "
+                  f"worker: Pillow alone {row[0]:.0f}; CLIP's batches {row[1]:.0f} ({row[1] / row[0]:.2f}), MaskCLIP's "
+                  f"{row[2]:.0f} ({row[2] / row[0]:.2f}){peer}", flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("loader",):
+        globals()[name]()
