@@ -450,7 +450,8 @@ def build(config):
         raise ValueError(f"unknown method '{config.method}': one of {', '.join(METHODS)}")
     if config.image_size % config.patch_size:
         raise ValueError(f"image size {config.image_size} is not a multiple of patch size {config.patch_size}")
-    model = METHODS[config.method](config)
+    with torch.random.fork_rng(devices=[]):  # what constructors draw is drawn anew below: not drawn from the seed,
+        model = METHODS[config.method](config)  # it leaves CLIP's part equal in all methods that hold it
     init_weights(model)
     return model
 

@@ -7,6 +7,7 @@
 """
 import importlib.util
 import io
+import resource
 import sys
 import tarfile
 import tempfile
@@ -75,7 +76,7 @@ def data_box(image, rng):
     return x, y, x + w, y + h
 
 
-def our_loader(folder, needs, batch_size=64, workers=1, seed=0, root="."):
+def our_loader(folder, needs, batch_size=256, workers=1, seed=0, root="."):
     pairs = data.Pairs([str(folder)], root)
     config = SimpleNamespace(seed=seed, crop_min=0.5, mask="block", mask_ratio=0.75, mlm_ratio=0.2)
     shape = SimpleNamespace(image_size=224, grid=14, context_length=77)
@@ -124,6 +125,79 @@ def loader():
                   f"{row[2]:.0f} ({row[2] / row[0]:.2f}){peer}", flush=True)
 
 
+def resident():
+    """MiB of memory that this process holds, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+
+
+def index(pairs=15_000_000, shard_size=10_000):
+    """A known collection of 15 million pairs: opening, the epoch's order, finding a pair; the index is synthetic."""
+    n = pairs // shard_size
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{i:05d}.tar" for i in range(n)]
+        for name in names:
+            (Path(folder) / name).touch()
+        source = data.Shards.__new__(data.Shards)
+        data.Source.__init__(source, Path(folder) / "pairs", folder)
+        rows = np.zeros(shard_size, data.ROW)
+        rows["image"] = 1024 + np.arange(shard_size) * 32768
+        rows["text"], rows["image_size"], rows["text_size"] = rows["image"] + 31744, 30000, 60
+        chunks = [rows.copy() for _ in names]
+        for number, chunk in enumerate(chunks):
+            chunk["file"] = number
+        source.save({name: source.stamp(name) for name in names}, [shard_size] * n, chunks, damage={})
+        size = (Path(folder) / "pairs.index").stat().st_size
+        del source, chunks
+        before, start = resident(), time.perf_counter()
+        opened = data.Pairs([folder])
+        seconds = time.perf_counter() - start
+        assert len(opened) == pairs
+        start = time.perf_counter()
+        data.Order(opened.sizes, 0)(3, pairs // 2, pairs // 2 + 4096)
+        first = time.perf_counter() - start
+        order = data.Order(opened.sizes, 0)(0, 0, 100_000).tolist()
+        places = np.random.default_rng(0).integers(pairs, size=100_000).tolist()
+        near, far = (find_time(opened, keys) for keys in (order, places))
+        print(f"index of {pairs:,} pairs in {n:,} shards: {size / 2 ** 20:.0f} MiB on disk; opened in {seconds:.2f} s; "
+              f"first batch in mid-epoch after {first:.3f} s; finding a pair {1e6 * near:.1f} us in the order, "
+              f"{1e6 * far:.1f} us anywhere; memory grew by {resident() - before:.0f} MiB, the index with it")
+
+
+def find_time(pairs, keys):
+    start = time.perf_counter()
+    for key in keys:
+        source, row = pairs.find(0, key)
+        source.rows[row].item()
+    return (time.perf_counter() - start) / len(keys)
+
+
+def order(shards=500_000):
+    """The order of 5 billion pairs in 500,000 shards: memory and the first batch at any place."""
+    sizes = np.random.default_rng(0).integers(9_000, 11_001, shards)
+    start, before = time.perf_counter(), resident()
+    order, seconds = data.Order(sizes, 0), []
+    for place in np.random.default_rng(1).integers(order.n - 4096, size=10).tolist():
+        start = time.perf_counter()
+        assert len(np.unique(order(place % 7, place, place + 4096))) == 4096
+        seconds.append(time.perf_counter() - start)
+    print(f"order of {order.n:,} pairs in {shards:,} shards: first batch anywhere after {max(seconds):.2f} s; "
+          f"memory grew by {resident() - before:.0f} MiB, to {resident():.0f} with Python and torch")
+
+
+def memory(n=20_000):
+    """What a worker process holds after 2,000 and after 20,000 samples of MaskCLIP's batches."""
+    rng = np.random.default_rng(0)
+    pictures = [jpeg(int(side), 256, rng) for side in rng.integers(200, 400, 16)]
+    with tempfile.TemporaryDirectory() as folder:
+        loader = our_loader(shards(Path(folder), pictures, n // 16), ("images", "text", "mask", "mlm"))
+        collate, held = loader.collate_fn, []
+        loader.collate_fn = lambda samples: dict(collate(samples), held=resident())
+        for batch in loader:
+            held.append(batch["held"])
+    a, b = held[2000 // 256], held[-1]
+    print(f"memory of a worker: {a:.1f} MiB after 2,000 samples, {b:.1f} after {256 * len(held):,} ({b / a - 1:+.2%})")
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("loader",):
+    for name in sys.argv[1:] or ("index", "order", "memory", "loader"):
         globals()[name]()

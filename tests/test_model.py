@@ -145,6 +145,18 @@ def test_teacher_gets_no_gradient_and_follows_the_formula():
     assert {name.split(".")[0] for name, _ in teacher.named_parameters()} == {"visual", "codewords"}
 
 
+def test_the_same_seed_gives_shared_parts_the_same_weights():
+    """So that methods can be compared at equal seeds: CLIP's parts start equal in all that hold them."""
+    def weights(method, seed=0):
+        torch.manual_seed(seed)
+        return build(replace(SMALL, method=method)).state_dict()
+    clip = weights("clip")
+    for method in ("slip", "clip_mae", "maskclip"):
+        assert all(torch.equal(p, weights(method)[name]) for name, p in clip.items()), method
+    assert all(torch.equal(p, weights("mae")[name]) for name, p in clip.items() if name.startswith("visual."))
+    assert not torch.equal(clip["visual.pos_embed"], weights("clip", 1)["visual.pos_embed"])
+
+
 def test_weight_layout_does_not_depend_on_the_method():
     """CLIP's part of each method has CLIP's names, so that checkpoints go from one to the other."""
     names = set(build(replace(SMALL, method="clip")).state_dict())
