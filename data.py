@@ -11,6 +11,7 @@ img2dataset (layout of the shards).  A worker hands over uint8 pixels; `normaliz
     python data.py yfcc SUBSET.tsv DATASET.txt --out yfcc15m.tsv     captions of YFCC-15M, cleaned as SLIP's
 """
 import argparse
+import bisect
 import bz2
 import contextlib
 import csv
@@ -38,7 +39,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from tokenizer import Tokenizer
@@ -57,6 +58,10 @@ def ignore_stops(*_):
     """Ctrl-C and schedulers signal worker processes too: the main process answers."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _ignore_ctrl_c(*_):  # the main process ends its workers by SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Jobs(torch.utils.data.Dataset):
@@ -78,7 +83,7 @@ def in_parallel(function, items, label):
     """[function(item) for item in items], by as many processes as there are cores, with a progress bar."""
     workers = min(os.cpu_count() or 1, len(items)) if len(items) > 3 else 0
     loader = torch.utils.data.DataLoader(_Jobs(function, items), batch_size=None, collate_fn=_same, num_workers=workers,
-                                         worker_init_fn=ignore_stops)
+                                         worker_init_fn=_ignore_ctrl_c)
     return list(tqdm(loader, label, disable=None, leave=False))
 
 
@@ -318,14 +323,14 @@ ROW = np.dtype([("file", "<u4"), ("image", "<u8"), ("image_size", "<u4"), ("text
 TXT, JSON, OWN_FILE, ZIP_STORED, ZIP_DEFLATED = range(5)  # kind: the first two in shards, the others in tables
 IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
 TEXT_FIELDS = ("caption", "captions", "title", "description", "text")
-TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".pkl", ".npy")
+TABLES = (".tsv", ".csv", ".jsonl", ".pkl", ".npy")
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}")  # our choice, where a set has no templates.txt
 INDEX_VERSION = 1
-TABLE_PART = 4096  # records of a table that the order moves together, as it does the pairs of a shard
+PART = 4096  # records of a table that the order moves together, as it does the pairs of a shard
 
 
 def expand(pattern):
-    """shards/{00000..00331}.tar, {a,b}/*: braces as the shell expands them.  -> list of str"""
+    """shards/{00000..00331}.tar, {cc3m,cc12m}: braces as the shell expands them.  -> list of str"""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -343,20 +348,14 @@ def locate(name, root):
         draw_demo(Path(root) / "demo")
     places = [Path(root) / name, Path(name)]
     for place in places:
-        if len(paths := [Path(path) for path in expand(str(place))]) > 1 and any(path.exists() for path in paths):
-            missing = [path for path in paths if not path.is_file()]
-            if missing:
-                raise FileNotFoundError(f"{len(missing)} of the {len(paths)} shards of {name} are missing, first "
-                                        f"{missing[0]}")
-            return paths
         if place.is_file():
             return [place] if place.suffix == ".tar" else place
     folders = [folder for place in places for folder in (place, place / "train") if folder.is_dir()]
     for folder in folders:
-        if shards := sorted(folder.glob("*.tar")):
+        if shards := [path for path in sorted(folder.glob("*.tar")) if not path.name.startswith(".")]:
             return shards
     for folder in folders:
-        tables = [path for path in sorted(folder.iterdir()) if path.suffix in TABLE_SUFFIXES]
+        tables = [path for path in sorted(folder.iterdir()) if path.suffix in TABLES and path.is_file()]
         if len(tables) > 1:
             raise ValueError(f"{len(tables)} tables in {folder}: name the one that is wanted, say --data {tables[0]}")
         if tables:
@@ -365,15 +364,15 @@ def locate(name, root):
         if any(picture_files(entry) for entry in folder.iterdir() if entry.is_dir()):
             return folder
     looked = ", ".join(str(path) for place in places for path in (place, place / "train"))
-    raise FileNotFoundError(f"no data set '{name}': looked for *.tar, a table ({', '.join(TABLE_SUFFIXES)}) or class "
-                            f"folders in {looked}; shards hold KEY.jpg and KEY.txt as img2dataset writes them (--root "
-                            "or $MASKCLIP_DATA name another place; README says how to get the data sets)")
+    raise FileNotFoundError(f"no data set '{name}': looked for *.tar, a table ({', '.join(TABLES)}) or class folders "
+                            f"in {looked}; shards hold KEY.jpg and KEY.txt as img2dataset writes them (--root or "
+                            "$MASKCLIP_DATA name another place; README says how to get the data sets)")
 
 
 def beside(path, suffix):
-    """Where a file that is made from `path` may lie: beside it, or in the user's cache where that is read-only."""
-    path = Path(path).absolute()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskclip"
+    """Where a file made from `path` may lie: beside it, or in the user's cache where that is read-only."""
+    path = Path(os.path.abspath(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "maskclip"
     name = path.name + suffix
     return path.with_name(name), cache / f"{hashlib.sha1(os.fsencode(path)).hexdigest()[:16]}-{name}"
 
@@ -396,7 +395,7 @@ def to_make(path, suffix):
 @contextlib.contextmanager
 def making(place):
     """Open a file for writing that takes its name when it is whole.  Yields the binary file."""
-    part = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    part = place.with_name(f"{place.name}.partial-{os.urandom(6).hex()}")
     try:
         with open(part, "wb") as file:
             yield file
@@ -408,82 +407,90 @@ def making(place):
 class Source:
     """Pairs whose places are known from an index file, mapped into memory and shared by all processes.
 
-    `path` names the index (and the skip list) beside the data.  After `open`: first, count (one per part: a shard, or
-    TABLE_PART records), damage (sentences).  read(row) -> (picture's bytes, captions); raises one of BAD_IMAGE.
+    A subclass says how the index is made.  first, count: rows of each part, which the order moves as one; damage:
+    sentences; read(row) -> (bytes of the picture's file, captions), one of BAD_IMAGE where the pair cannot be used.
     """
 
     def __init__(self, path, folder):
-        self.path, self.folder, self._open = Path(path), str(Path(folder).absolute()), {}
-        self.skip = {}  # {file name: offsets of texts} that `data.py check` found bad
-        if place := made(path, ".skip"):
-            for line in place.read_text("utf-8").splitlines():
-                name, offset, _ = line.split("\t", 2)
-                self.skip.setdefault(name, set()).add(int(offset))
+        self.path, self.folder, self._open = Path(path), os.path.abspath(folder), {}
 
     def __len__(self):
         return int(self.count.sum())
 
     def stamp(self, name):
-        """What must be as it was for a file's rows to be right: its size, time, and what is skipped in it."""
+        """What must be as it was for a file's rows to be right: its size and time; -1 where it is missing."""
         try:
             stat = os.stat(os.path.join(self.folder, name))
         except FileNotFoundError:
-            return -1, -1, 0
-        return stat.st_size, stat.st_mtime_ns, zlib.crc32(repr(sorted(self.skip.get(name, ()))).encode())
+            return -1, -1
+        return stat.st_size, stat.st_mtime_ns
 
     def stamps(self):
         """{file: stamp} of the index."""
-        return {os.fsdecode(file["name"]): file.item()[1:4] for file in self.files}
+        return {os.fsdecode(file["name"]): file.item()[1:3] for file in self.files}
 
-    def load(self):
-        """The index, where there is a whole one: sets files, rows and header.  -> bool"""
-        place = made(self.path, ".index")
+    def load(self, place):
+        """Read the index at `place` (None: there is none): sets header, files and rows.  -> whether it is whole."""
         try:
             with open(place or os.devnull, "rb") as file:
                 self.header = json.loads(file.readline())
-                if self.header["version"] != INDEX_VERSION:
+                if (self.header["version"], self.header["kind"]) != (INDEX_VERSION, type(self).__name__):
                     return False
                 self.files = np.load(file)
                 np.lib.format.read_magic(file)
                 (n,), _, dtype = np.lib.format.read_array_header_1_0(file)
-                self.map = (place, file.tell(), n)
-                self.rows = self.mapped()
+                self._map = place, os.fstat(file.fileno()).st_ino, file.tell(), n
+                self.rows = self._mapped(file)
         except (OSError, ValueError, KeyError, EOFError):
-            return False  # none, or cut off while it was written: made anew
+            return False  # none, or cut off: made anew
         return dtype == ROW
 
-    def mapped(self):
-        place, offset, n = self.map
-        return np.memmap(place, ROW, "r", offset, (n,)).view(np.ndarray) if n else np.zeros(0, ROW)
+    def _mapped(self, file):
+        offset, n = self._map[2:]
+        return np.memmap(file, ROW, "r", offset, (n,)).view(np.ndarray) if n else np.zeros(0, ROW)
 
     def save(self, stamps, counts, chunks, **header):
-        """Write the index: {file: stamp}, the number of rows of each file, arrays of rows; then load it."""
-        rows = [(os.fsencode(name), *stamp, count) for (name, stamp), count in zip(stamps.items(), counts)]
-        kind = [("name", f"S{max(len(row[0]) for row in rows)}"), ("size", "<i8"), ("time", "<i8"), ("skip", "<u4"),
-                ("count", "<i8")]
-        with making(to_make(self.path, ".index")) as file:
-            file.write(json.dumps(dict(version=INDEX_VERSION, **header)).encode() + b"\n")
-            np.save(file, np.array(rows, kind))
+        """Write {file: stamp}, the number of rows of each file and the rows.  -> where the index lies"""
+        files = [(os.fsencode(name), *stamp, count) for (name, stamp), count in zip(stamps.items(), counts)]
+        kind = [("name", f"S{max(len(row[0]) for row in files)}"), ("size", "<i8"), ("time", "<i8"), ("count", "<i8")]
+        place = to_make(self.path, ".index")
+        with making(place) as file:
+            header = dict(version=INDEX_VERSION, kind=type(self).__name__, **header)
+            file.write(json.dumps(header).encode() + b"\n")
+            np.save(file, np.array(files, kind))
             np.lib.format.write_array_header_1_0(file, dict(descr=np.lib.format.dtype_to_descr(ROW),
                                                             fortran_order=False, shape=(sum(map(len, chunks)),)))
             for chunk in chunks:
                 file.write(chunk.tobytes())
-        self.load()
+        return place
 
-    def __getstate__(self):  # what a worker process gets: it maps the index itself
+    def __getstate__(self):  # what a process that starts afresh gets: it maps the index itself
         return {**self.__dict__, "rows": None, "_open": {}}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.rows = self.mapped()
+        with open(self._map[0], "rb") as file:
+            if os.fstat(file.fileno()).st_ino != self._map[1]:
+                raise OSError(f"{self._map[0]} was written anew by another program: start again")
+            self.rows = self._mapped(file)
+
+    def read_skip_list(self):
+        """Sets skip, {file's number: offsets of texts}: what `data.py check` found, in files as they were."""
+        self.skip, stamps = {}, self.stamps()
+        if place := made(self.path, ".skip"):
+            numbers = {name: number for number, name in enumerate(stamps)}
+            for line in place.read_text("utf-8").splitlines():
+                name, *stamp, offset, _ = json.loads(line)
+                if stamps.get(name) == tuple(stamp):
+                    self.skip.setdefault(numbers[name], set()).add(offset)
+
+    def place(self, row):
+        """Where a pair's text lies, by which the skip list and messages name it.  -> file's number, offset"""
+        number, _, _, offset, _, kind = self.rows[row].item()
+        return 0 if kind >= OWN_FILE else number, offset
 
     def file_name(self, number):
         return os.path.join(self.folder, os.fsdecode(self.files["name"][number]))
-
-    def place(self, row):
-        """Where a pair's text lies, by which the skip list and messages name it.  -> file, offset"""
-        number, _, _, offset, _, kind = self.rows[row].item()
-        return os.fsdecode(self.files["name"][0 if kind >= OWN_FILE else number]), offset
 
     def bytes(self, number, offset, size):
         """Read from a file by its number; the last 64 files stay open, since opening is slow on network disks."""
@@ -497,12 +504,22 @@ class Source:
         return content
 
 
-def texts(fields):
-    """The captions in a record: the fields of TEXT_FIELDS that are not empty.  Raises ValueError without one."""
+def load_json(text):
+    """json.loads whose every failure is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("json nested too deeply") from error
+
+
+def captions_of(fields):
+    """The TEXT_FIELDS of a record that are not empty.  Raises ValueError where there is none."""
     if not isinstance(fields, dict):
         raise ValueError("the record is no list of named fields")
-    values = [value for name in TEXT_FIELDS for value in
-              (fields.get(name) if isinstance(fields.get(name), list) else [fields.get(name)])]
+    values = []
+    for name in TEXT_FIELDS:
+        value = fields.get(name)
+        values += value if isinstance(value, list) else [value]
     found = [value.strip() for value in values if isinstance(value, str) and value.strip()]
     if not found:
         raise ValueError("empty caption")
@@ -518,12 +535,15 @@ class Shards(Source):
 
     def __init__(self, folder, names):
         super().__init__(Path(folder) / "pairs", folder)
-        kept, damage, chunks = {}, {}, []  # of the index that is there: stamps, sentences, rows
-        if self.load():
-            kept = {name: stamp for name, stamp in self.stamps().items() if self.stamp(name) == stamp}
-        new = {name: self.stamp(name) for name in names if name not in kept}
-        if new:
-            found = in_parallel(partial(_scan_shard, self.folder, self.skip), list(new), "reading headers of shards")
+        place = made(self.path, ".index")
+        while True:  # until the index has all: another run may have written its own in the meantime
+            kept, damage, chunks = {}, {}, []
+            if self.load(place):
+                kept = {name: stamp for name, stamp in self.stamps().items() if self.stamp(name) == stamp}
+            new = {name: self.stamp(name) for name in names if name not in kept}
+            if not new:
+                break
+            found = in_parallel(partial(_scan_shard, self.folder), list(new), "reading headers of shards")
             if kept:
                 ends = np.cumsum(self.files["count"])
                 chunks = [self.rows[end - file["count"]:end].copy() for file, end in zip(self.files, ends)
@@ -533,17 +553,22 @@ class Shards(Source):
             for number, chunk in enumerate(chunks):
                 chunk["file"] = number
             damage |= {name: line for name, (_, line) in zip(new, found) if line}
-            self.save(kept | new, list(map(len, chunks)), chunks, damage=damage)
+            place = self.save(kept | new, list(map(len, chunks)), chunks, damage=damage)
         number = {name: i for i, name in enumerate(self.files["name"].tolist())}
         mine = [number[os.fsencode(name)] for name in names]
         self.count, self.first = self.files["count"][mine], (np.cumsum(self.files["count"]) - self.files["count"])[mine]
-        self.damage = [self.header["damage"][name] for name in names if name in self.header["damage"]]
+        self.damage = [f"{os.path.join(self.folder, name)} {self.header['damage'][name]}" for name in names
+                       if name in self.header["damage"]]
+        packed = Path(folder) / "pack.json"
+        if packed.is_file() and not json.loads(packed.read_text("utf-8"))["done"]:
+            self.damage.append(f"{folder} is not packed to the end: the same data.py pack goes on")
+        self.read_skip_list()
 
     def texts(self, row):
         """The captions of a row, one of which is drawn at each visit.  Raises ValueError where there is none."""
         number, _, _, offset, size, kind = self.rows[row].item()
-        raw = self.bytes(number, offset, size).decode("utf-8", "replace")
-        return texts(json.loads(raw) if kind == JSON else dict(text=raw))
+        raw = self.bytes(number, offset, size).decode("utf-8-sig", "replace")
+        return captions_of(load_json(raw) if kind == JSON else dict(text=raw))
 
     def read(self, row):
         """-> bytes of the picture's file, captions.  Raises one of BAD_IMAGE where the pair cannot be used."""
@@ -551,138 +576,158 @@ class Shards(Source):
         return self.bytes(number, offset, size), self.texts(row)
 
 
-def _scan_shard(folder, skip, name):
-    """One shard's rows, from its headers, and a sentence about what is wrong with it, or ""."""
-    path, images, captions, damage = os.path.join(folder, name), {}, {}, ""
+def _scan_shard(folder, name):
+    """One shard's rows, from its headers, and what is wrong with it, or ""."""
+    images, captions, damage = {}, {}, ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(os.path.join(folder, name), "r:") as tar:
             for member in tar:
                 key, _, suffix = member.name.rpartition(".")
                 suffix, place = suffix.lower(), (member.offset_data, member.size)
+                if not member.isreg() or os.path.basename(key).startswith("._") or member.size >= 2 ** 32:
+                    continue  # ._NAME: what macOS adds to each file
                 if "." + suffix in IMAGE_SUFFIXES:
                     images[key] = place
                 elif suffix == "txt" or suffix == "json" and key not in captions:
                     captions[key] = (*place, JSON if suffix == "json" else TXT)
+                tar.members = []  # else it keeps every header
             tar.fileobj.seek(tar.offset)  # iterating ends in silence where a header is cut off or spoilt
             if len(block := tar.fileobj.read(512)) < 512 or any(block):
-                damage = f"{path} is damaged (it ends early): the pairs before the damage are used"
-    except (tarfile.TarError, OSError, EOFError) as error:
-        damage = f"{path} is damaged ({error}): the pairs before the damage are used"
+                damage = "is damaged (it ends early): the pairs before the damage are used"
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        damage = f"is damaged ({error}): the pairs before the damage are used"
     if not damage and (lonely := len(images.keys() ^ captions.keys())):
-        damage = f"{path}: {lonely} pictures or captions have no partner and are left out"
-    out = skip.get(name, ())
-    return np.array([(0, *place, *captions[key]) for key, place in images.items()
-                     if key in captions and captions[key][0] not in out], ROW), damage
+        damage = f"holds {lonely} pictures or captions that have no partner and are left out"
+    return np.array([(0, *place, *captions[key]) for key, place in images.items() if key in captions], ROW), damage
 
 
 class Table(Source):
-    """A table of pictures and captions: a path among IMAGE_FIELDS, and TEXT_FIELDS or "class", which templates turn
-    into captions.
+    """A table of pictures and captions: a path among IMAGE_FIELDS, and TEXT_FIELDS, or "class" for templates.
 
     CSV, TSV (without quotes) and JSONL are read where they lie.  COCO's captions json, SLIP's pickles (.pkl and .npy:
-    no code in them is run) and a folder of class folders are first written out as such a table.  Paths are relative to
-    the table's folder, or to images/ or the split's folder in it, or to the same above it; PATH.zip/MEMBER lies in a
-    zip (SLIP's YFCC100M).  Classes are named by words.txt (KEY, tab, "name, synonym") or by themselves; templates.txt
+    no code in them is run) and a folder of class folders are first written out as JSONL.  Paths are relative to the
+    table's folder, to images/ or the split's folder in it, or to the same above it; PATH.zip/MEMBER lies in a zip
+    (SLIP's YFCC100M).  Classes are named by words.txt (KEY, tab, "name, synonym") or by themselves; templates.txt
     holds the templates.
     """
 
     def __init__(self, path):
+        path = Path(os.path.abspath(path))
         super().__init__(path, path.parent)
-        home = path if path.is_dir() else path.parent
-        self.templates, self.words = templates_of(home), {}
-        if (file := home / "words.txt").is_file():
-            self.words = dict(line.split("\t", 1) for line in file.read_text("utf-8").splitlines() if "\t" in line)
-        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
+        self.classes, self.suffix = path.is_dir(), path.suffix.lower()
+        if not self.classes and self.suffix not in (*TABLES, ".json"):
+            raise ValueError(f"{path} is no table: wanted is a file {', '.join(TABLES)} or COCO's captions .json")
+        listed = self.classes or self.suffix in (".json", ".pkl", ".npy")
+        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if self.classes else []
         origin = [self.stamp(name) for name in [path.name, *(f"{path.name}/{folder}" for folder in folders)]]
         origin = zlib.crc32(repr(origin).encode())
-        if not (self.load() and self.header["origin"] == origin and
-                all(self.stamp(name) == stamp for name, stamp in self.stamps().items())):
-            table = path.absolute()
-            if path.is_dir() or path.suffix in (".json", ".pkl", ".npy"):
-                with making(to_make(path, ".listing")) as file:
-                    file.writelines(_class_lines(path, folders) if path.is_dir() else _record_lines(path))
-                table = made(path, ".listing")
-            self._scan(table, ".tsv" if path.is_dir() else path.suffix, origin)
-        self.suffix, self.columns, self.home = map(self.header.get, ("suffix", "columns", "home"))
-        self.damage = self.header["damage"]
-        self.first = np.arange(0, len(self.rows), TABLE_PART)
+        self.suffix = ".jsonl" if listed else self.suffix
+        if not (self.load(made(path, ".index")) and self.header["origin"] == origin and
+                all(self.stamp(name) == stamp for name, stamp in self.stamps().items()) and
+                os.path.isfile(os.path.join(self.folder, self.header["home"], self.header["example"]))):
+            table = path
+            if listed:
+                table = to_make(path, ".listing")
+                with making(table) as file:
+                    file.writelines(_class_lines(path, folders) if self.classes else _record_lines(path))
+            self.load(self._scan(table, origin))
+        self.columns, self.damage = self.header["columns"], self.header["damage"]
+        self.home = os.path.join(self.folder, self.header["home"])
+        home = path if self.classes else path.parent
+        self.templates, self.words = templates_of(home), {}
+        if (file := home / "words.txt").is_file():
+            lines = file.read_text("utf-8", "replace").splitlines()
+            self.words = dict(line.split("\t", 1) for line in lines if "\t" in line)
+        self.first = np.arange(0, len(self.rows), PART)
         self.count = np.diff(np.append(self.first, len(self.rows)))
+        self.read_skip_list()
 
-    def _scan(self, table, suffix, origin):
-        """Find where each record begins, and for pictures in zips where they lie there.  Saves the index."""
-        self.suffix, self.columns, self.home = suffix, None, None
-        chunks, chunk, zips, lost, out = [], [], {}, 0, self.skip.get(str(table), ())
+    def _scan(self, table, origin):
+        """Find where each record begins, and for pictures in zips where they lie there.  -> where the index lies"""
+        rows, chunks, zips, numbers, lost = [], [], {}, {}, 0
+        stamp = self.stamp(table)
         with open(table, "rb") as file, tqdm(total=os.path.getsize(table), desc=f"reading {table.name}", unit="B",
                                              unit_scale=True, disable=None, leave=False) as bar:
-            if suffix in (".tsv", ".csv"):
+            self.columns = None
+            if self.suffix != ".jsonl":
                 self.columns = self.cells(file.readline().decode("utf-8-sig", "replace"))
                 if not set(self.columns) & set(IMAGE_FIELDS) or not set(self.columns) & {*TEXT_FIELDS, "class"}:
                     raise ValueError(f"{table}: its first line must name the columns, the picture's path as one of "
                                      f"{', '.join(IMAGE_FIELDS)}, captions as some of {', '.join(TEXT_FIELDS)} or "
                                      f"class; it is '{' | '.join(self.columns)[:200]}'")
-            offset = start = file.tell()
-            names = [self.image(self.fields(record)) for record in islice(_records(file, suffix), 100)]
-            self.home = self._home(names)
+            start = offset = file.tell()
+            home, example = self._home(list(filter(None, map(self._image, islice(_records(file, self.suffix), 100)))))
             file.seek(start)
-            for record in _records(file, suffix):
+            for record in _records(file, self.suffix):
                 row, offset = (0, 0, 0, offset, len(record), OWN_FILE), offset + len(record)
                 bar.update(len(record))
-                if row[3] in out or not record.strip():
-                    continue
-                if b".zip/" in record:
-                    name, _, member = self.image(self.fields(record)).partition(".zip/")
-                    place = _zip_members(os.path.join(self.home, name + ".zip")).get(member)
+                if b".zip" in record and ".zip/" in (name := self._image(record)):
+                    outer, _, member = name.partition(".zip/")
+                    outer = os.path.relpath(os.path.join(home, f"{outer}.zip"), self.folder)
+                    if outer not in zips:
+                        zips[outer] = self.stamp(outer)
+                        numbers[outer] = len(zips)
+                    place = _zip_members(os.path.join(self.folder, outer), zips[outer]).get(member)
                     if place is None:
                         lost += 1
                         continue
-                    number = zips.setdefault(os.path.join(self.home, name + ".zip"), len(zips) + 1)
-                    row = (number, *place[:2], *row[3:5], place[2])
-                chunk.append(row)
-                if len(chunk) == 2 ** 16:
-                    chunks, chunk = [*chunks, np.array(chunk, ROW)], []
-        damage = [f"{table}: {lost} pictures are not in their zips, and are left out"] if lost else []
-        stamps = {name: self.stamp(name) for name in (str(table), *zips)}
-        self.save(stamps, [0] * len(stamps), [*chunks, np.array(chunk, ROW)],
-                  suffix=suffix, columns=self.columns, home=self.home, damage=damage, origin=origin)
+                    row = (numbers[outer], *place[:2], *row[3:5], place[2])
+                if record.strip():
+                    rows.append(row)
+                if len(rows) == 2 ** 16:
+                    chunks, rows = [*chunks, np.array(rows, ROW)], []
+        stamps = {os.path.relpath(table, self.folder): stamp} | zips
+        damage = [f"{self.path}: {lost} pictures are not in their zips, and are left out"] if lost else []
+        return self.save(stamps, [0] * len(stamps), [*chunks, np.array(rows, ROW)], columns=self.columns,
+                         home=os.path.relpath(home, self.folder), example=example, damage=damage, origin=origin)
 
     def _home(self, names):
-        """The folder to which the first pictures' paths are relative.  Raises FileNotFoundError where none is."""
+        """The folder to which the paths of the first records' pictures are relative, and one that is there.
+
+        Raises FileNotFoundError where none is.
+        """
         split = self.path.stem.split("_")[-1]  # COCO: captions_train2017.json, train2017/
-        homes = [self.path] if self.path.is_dir() else [
-            folder / part for folder in (self.path.absolute().parent, self.path.absolute().parent.parent)
-            for part in ("", "images", split)]
+        homes = [self.path] if self.classes else [
+            folder / part for folder in (self.path.parent, self.path.parent.parent) for part in ("", "images", split)]
         for home in homes:
             for name in names:
-                outer = name.partition(".zip/")
-                if (home / (outer[0] + ".zip" if outer[1] else name)).is_file():
-                    return str(home.absolute())
+                outer, inner, _ = name.partition(".zip/")
+                if os.path.isfile(home / (f"{outer}.zip" if inner else name)):
+                    return home, f"{outer}.zip" if inner else name
+        if not names:
+            raise FileNotFoundError(f"no pairs in {self.path}: no record that names a picture")
         raise FileNotFoundError(f"{self.path}: none of its first {len(names)} pictures ({', '.join(names[:2])}, ...) "
-                                f"is in {', '.join(map(str, homes))}")
+                                f"is there; looked in {', '.join(map(str, homes))}")
 
     def cells(self, text):
-        """A line of a CSV or TSV table -> list of str."""
+        """A line of a CSV or TSV table -> list of str.  Raises ValueError."""
         text = text.rstrip("\r\n")
-        return text.split("\t") if self.suffix == ".tsv" else next(csv.reader(io.StringIO(text, newline="")), [])
+        try:
+            return text.split("\t") if self.suffix == ".tsv" else next(csv.reader(io.StringIO(text, newline="")), [])
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
 
     def fields(self, record):
-        """A record's bytes -> {column: value}.  Raises ValueError where it cannot be read."""
-        text = record.decode("utf-8", "replace")
-        fields = json.loads(text) if self.columns is None else dict(zip(self.columns, self.cells(text)))
-        if not isinstance(fields, dict):
-            raise ValueError("the record is no list of named fields")
-        return fields
-
-    def image(self, fields):
-        """The path of a record's picture."""
-        name = next((fields[name] for name in IMAGE_FIELDS if fields.get(name)), None)
-        if not isinstance(name, str):
+        """A record's bytes -> {column: value}.  Raises ValueError where it cannot be read or names no picture."""
+        text = record.decode("utf-8-sig", "replace")
+        fields = load_json(text) if self.columns is None else dict(zip(self.columns, self.cells(text)))
+        image = isinstance(fields, dict) and next((fields[name] for name in IMAGE_FIELDS if fields.get(name)), None)
+        if not isinstance(image, str):
             raise ValueError(f"the record names no picture ({', '.join(IMAGE_FIELDS)})")
-        return name
+        return fields | dict(image=image) | (dict({"class": os.path.dirname(image)}) if self.classes else {})
+
+    def _image(self, record):
+        try:
+            return self.fields(record)["image"]
+        except ValueError:
+            return ""  # a bad pair, when it is drawn
 
     def captions(self, fields):
-        if "class" not in fields:
-            return texts(fields)
-        names = self.words.get(fields["class"], fields["class"].replace("_", " ")).split(", ")
+        """A record's captions, or its class in each of the templates.  Raises ValueError where there is none."""
+        name = fields.get("class")
+        if not isinstance(name, str) or not name:
+            return captions_of(fields)
+        names = self.words.get(name, name.replace("_", " ")).split(", ")
         return [template.replace("{}", name) for name in names for template in self.templates]
 
     def texts(self, row):
@@ -695,62 +740,73 @@ class Table(Source):
         fields = self.fields(self.bytes(0, offset, length))
         captions = self.captions(fields)
         if kind == OWN_FILE:
-            return Path(self.home, self.image(fields)).read_bytes(), captions
+            path = Path(self.home, fields["image"])
+            if not path.is_file():
+                raise FileNotFoundError(f"no file {path}")
+            return path.read_bytes(), captions
         head = self.bytes(number, start, 30)  # the member's own header: names and extras of any length follow
         content = self.bytes(number, start + 30 + sum(struct.unpack("<HH", head[26:])), size)
-        return zlib.decompress(content, -15) if kind == ZIP_DEFLATED else content, captions
+        if kind == ZIP_DEFLATED:
+            content = zlib.decompressobj(-15).decompress(content, 2 ** 28)  # no picture is larger
+        return content, captions
 
 
 def _records(file, suffix):
-    """The records of a table, as bytes; one of CSV ends where its quotes are closed.  Raises ValueError."""
-    record, quotes = b"", 0
-    for line in file:
-        record += line
-        if suffix == ".csv" and (quotes := quotes + line.count(b'"')) % 2:
-            if len(record) > 2 ** 20:
-                raise ValueError(f"{file.name}: a quote is not closed in '{record[:80].decode('utf-8', 'replace')}...'")
-            continue
-        yield record
-        record, quotes = b"", 0
-    if record:
-        yield record
+    """The records of a table, as bytes; those of CSV may hold line ends in quotes.  Raises ValueError."""
+    if suffix != ".csv":
+        yield from file
+        return
+    taken = []
+
+    def lines():
+        for line in file:
+            taken.append(line)
+            yield line.decode("utf-8", "replace")
+    try:
+        for _ in csv.reader(lines()):
+            yield b"".join(taken)
+            taken.clear()
+    except csv.Error as error:  # a field larger than csv's limit: a quote that is never closed
+        start = b"".join(taken)[:80].decode("utf-8", "replace")
+        raise ValueError(f"{file.name}: cannot read the record '{start}...': {error}") from error
 
 
-@lru_cache(8)
-def _zip_members(path):
-    """{name: (offset of its header, size, kind)} of a zip; none where it is missing or damaged."""
+@lru_cache(64)
+def _zip_members(path, stamp):
+    """{name: (offset of its header, size, kind)} of a zip; none where it is missing or damaged.  stamp: of the file."""
     try:
         with zipfile.ZipFile(path) as file:
             return {member.filename: (member.header_offset, member.compress_size,
                                       ZIP_DEFLATED if member.compress_type else ZIP_STORED)
-                    for member in file.infolist() if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)}
+                    for member in file.infolist() if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                    and member.compress_size < 2 ** 32}
     except (OSError, zipfile.BadZipFile):
         return {}
 
 
 def _class_lines(folder, classes):
-    """A table of the pictures in class folders, in an order without classes: neighbours are read together."""
-    found = [f"{name}/{path.name}\t{name}\n" for name in tqdm(classes, f"listing {folder}", disable=None, leave=False)
+    """The pictures in class folders as JSONL, in an order without classes: neighbours are read together."""
+    found = [f"{name}/{path.name}" for name in tqdm(classes, f"listing {folder}", disable=None, leave=False)
              for path in picture_files(folder / name)]
-    yield b"image\tclass\n"
-    yield from (os.fsencode(found[i]) for i in np.random.default_rng(0).permutation(len(found)))
+    return (json.dumps(dict(image=found[i])).encode() + b"\n"
+            for i in np.random.default_rng(0).permutation(len(found)))
 
 
 def _record_lines(path):
-    """COCO's captions json, SLIP's yfcc15m.pkl or cc3m.npy as the lines of a JSONL table.  Raises ValueError."""
+    """COCO's captions json, SLIP's yfcc15m.pkl or cc3m.npy as JSONL.  Raises ValueError."""
     try:
-        if path.suffix == ".json":
-            content, captions = json.loads(path.read_bytes()), {}
+        if path.suffix.lower() == ".json":
+            content, captions = load_json(path.read_bytes()), {}
             for note in content["annotations"]:
                 captions.setdefault(note["image_id"], []).append(note["caption"])
-            records = [dict(image=image["file_name"], captions=captions[image["id"]]) for image in content["images"]
-                       if image["id"] in captions]
+            records = (dict(image=image["file_name"], captions=captions[image["id"]]) for image in content["images"]
+                       if image["id"] in captions)
         else:
-            records = [_slip_record(record) for record in load_plain_pickle(path)]
+            records = map(_slip_record, load_plain_pickle(path))
+        return [json.dumps(record).encode() + b"\n" for record in records]
     except (KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no COCO captions json and no list of (number, title, description) or of "
                          f"{{image_id, captions}} as SLIP's ({type(error).__name__}: {error})") from error
-    return (json.dumps(record).encode() + b"\n" for record in records)
 
 
 def _slip_record(record):
@@ -800,64 +856,72 @@ def load_plain_pickle(path):
 class Pairs:
     """The pairs of several data sets as one collection: names or paths as --data takes them, NAME:2 is taken twice.
 
-    pairs[epoch, index] -> (bytes of a picture's file, list of captions), index < len(pairs); raises one of BAD_IMAGE.
-    With a weight w a part of n pairs holds w * n places in each epoch; epochs go on where the last one stopped, so a
-    weight of 0.5 shows each pair every other epoch.  `sizes` are the parts' places, `damage` is a list of sentences.
+    pairs[epoch, index] -> (bytes of a picture's file, captions), index < len(pairs); raises one of BAD_IMAGE.
+    A source of n pairs and weight w holds w * n places of each epoch, and goes on where it stopped in the last: with
+    0.5 each pair is seen every other epoch.  sizes: places of each part, for Order; damage: sentences.
     """
 
     def __init__(self, names, root="data"):
-        self.sources, weights = [], []
+        self.sources, self.sizes, starts, self.damage = [], [], [], []
         for name in names:
             place, _, weight = name.rpartition(":")
-            try:
-                weight = float(weight) if place else 1.0
-            except ValueError:
-                place, weight = "", 1.0  # a path with a colon
-            if not 0 < weight < 1000:
+            if not re.fullmatch(r"-?[\d.]+", weight) or Path(name).exists() or Path(root, name).exists():
+                place, weight = name, 1
+            if not 0 < float(weight) < 1000:
                 raise ValueError(f"the weight in --data {name} must be more than 0 and less than 1000")
-            where = locate(place or name, root)
-            if isinstance(where, list):
-                folders = {}
-                for path in where:
-                    folders.setdefault(path.parent, []).append(path.name)
-                new = [Shards(folder, names) for folder, names in folders.items()]
-            else:
-                new = [Table(where)]
-            if not any(map(len, new)):
-                raise FileNotFoundError(f"no pairs in {place or name}: no picture ({', '.join(IMAGE_SUFFIXES)}) with "
-                                        "a caption" + "".join(f"; {line}" for s in new for line in s.damage[:3]))
-            self.sources, weights = self.sources + new, weights + [weight] * len(new)
-        self.damage = [line for source in self.sources for line in source.damage]
-        self.owner = np.repeat(np.arange(len(self.sources), dtype=np.int32), [len(s.count) for s in self.sources])
-        self.first = np.concatenate([source.first for source in self.sources])
-        self.count = np.concatenate([source.count for source in self.sources])
-        self.sizes = np.concatenate([np.diff(np.rint(weight * np.cumsum(source.count)), prepend=0).astype(np.int64)
-                                     for source, weight in zip(self.sources, weights)])
-        self.ends = np.cumsum(self.sizes)
+            folders, sources = {}, []
+            for where in (locate(one, root) for one in expand(place)):
+                if isinstance(where, list):
+                    for path in where:
+                        folders.setdefault(path.parent, []).append(path.name)
+                else:
+                    sources.append(Table(where))
+            sources += [Shards(folder, shards) for folder, shards in folders.items()]
+            damage = [line for source in sources for line in source.damage]
+            if sum(map(len, sources)) * float(weight) < 1:
+                raise FileNotFoundError(f"no pairs in {name}: no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption"
+                                        + "".join(f"; {line}" for line in damage[:3]))
+            for source in sources:
+                n, copies = round(float(weight) * len(source)), float(weight)
+                self.sizes.append(np.tile(source.count, int(copies)) if copies == int(copies) else
+                                  np.diff(np.append(np.arange(0, n, PART), n)))
+                starts.append(n)
+            self.sources, self.damage = self.sources + sources, self.damage + damage
+        self.sizes = np.concatenate(self.sizes)
+        self.starts = np.cumsum([0, *starts]).tolist()  # of the sources' places
+        self.ends = [np.cumsum(source.count) for source in self.sources]  # of their parts, in pairs
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.starts[-1]
 
     def digest(self):
-        """What must be equal for the order to be the same."""
-        return f"{len(self)} pairs, {zlib.crc32(self.sizes.tobytes() + self.count.tobytes()):08x}"
+        """What must be equal for a run to see the same pairs in the same order: sizes and names of parts and files."""
+        code = zlib.crc32(self.sizes.tobytes())
+        for source in self.sources:
+            code = zlib.crc32(source.files[["name", "size"]].tobytes() + source.first.tobytes(), code)
+        return f"{len(self)} pairs, {code:08x}"
 
     def find(self, epoch, index):
         """-> the source of a place in an epoch, and the row there."""
-        part = int(np.searchsorted(self.ends, index, "right"))
-        size = int(self.sizes[part])
-        row = (index - (int(self.ends[part]) - size) + epoch * size) % int(self.count[part])
-        return self.sources[self.owner[part]], int(self.first[part]) + row
+        number = bisect.bisect_right(self.starts, index) - 1
+        source, ends = self.sources[number], self.ends[number]
+        start, size = self.starts[number], self.starts[number + 1] - self.starts[number]
+        pair = (index - start + epoch * size) % ends[-1]
+        part = int(ends.searchsorted(pair, "right"))
+        return source, int(source.first[part] + source.count[part] - ends[part] + pair)
 
     def __getitem__(self, key):
         source, row = self.find(*key)
+        number, offset = source.place(row)
+        if offset in source.skip.get(number, ()):
+            raise Skipped("on the skip list")
         return source.read(row)
 
     def name(self, epoch, index):
         """Where a pair lies, for messages."""
         source, row = self.find(epoch, index)
-        file, offset = source.place(row)
-        return f"{os.path.join(source.folder, file)} at byte {offset}"
+        number, offset = source.place(row)
+        return f"{source.file_name(number)} at byte {offset}"
 
     def captions(self, limit):
         """Captions of at most `limit` pairs, spread over all, to learn a vocabulary from."""
@@ -868,6 +932,10 @@ class Pairs:
                 yield from source.texts(row)
             except BAD_IMAGE:
                 pass  # an empty or unreadable caption: counted when the pair is drawn
+
+
+class Skipped(ValueError):
+    """A pair that `data.py check` has listed: another takes its place, as of any bad pair, but it is not counted."""
 
 
 # ---------------------------------------------------------------- order
@@ -916,18 +984,32 @@ class Order:
 
 # ---------------------------------------------------------------- pictures and transforms: PIL in, PIL out
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others start programs (EPS), or print what they think (TIFF)
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # what makes each of EXIF's orientations upright
+
+
 def open_picture(content):
     """Bytes of a picture file -> PIL picture whose pixels are not decoded yet.  Raises one of BAD_IMAGE.
 
     More pixels than Pillow's limit (89 million) are an error: one such picture takes a worker's memory.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(content))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"no picture ({', '.join(FORMATS)})") from error
 
 
 def _orientation(image):
-    return image.getexif().get(0x0112, 1)  # EXIF: 1 upright, from 5 on width and height change places
+    """EXIF's, where it is one: 1 is upright, from 5 on width and height change places."""
+    try:
+        turn = image.getexif().get(0x0112, 1)
+    except BAD_IMAGE:
+        return 1  # damaged EXIF does not spoil the pixels
+    return turn if isinstance(turn, int) and turn in TURNS else 1
 
 
 def upright_size(image):
@@ -944,8 +1026,8 @@ def decode(content, shrink=1.0):
     image = open_picture(content) if isinstance(content, bytes) else content
     if shrink >= 2:
         image.draft(image.mode, [math.ceil(side / shrink) for side in image.size])  # only JPEGs can
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    if (turn := _orientation(image)) != 1:
+        image = image.transpose(TURNS[turn])
     if image.mode.startswith("I"):  # grey of 16 bits, which convert would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -1071,14 +1153,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng, bad = np.random.default_rng([self.config.seed, epoch, index]), []
+        rng, bad, tries = np.random.default_rng([self.config.seed, epoch, index]), [], 0
         while True:
             try:
                 return dict(self.sample(epoch, index, rng), bad=bad)
             except BAD_IMAGE as error:
-                bad.append(f"{self.pairs.name(epoch, index)}: {error}")
-                if len(bad) == 20:
-                    raise ValueError("20 bad pairs in a row, the data is damaged: " + "; ".join(bad[:3])) from error
+                if not isinstance(error, Skipped):
+                    bad.append(f"{self.pairs.name(epoch, index)}: {error}")
+                if (tries := tries + 1) == 20:
+                    raise ValueError("20 bad pairs in a row, the data is damaged: "
+                                     + ("; ".join(bad[:3]) or "all are on the skip list")) from error
                 index = int(rng.integers(len(self.pairs)))
 
     def sample(self, epoch, index, rng):
@@ -1200,7 +1284,8 @@ def class_folder(folder):
 
 def picture_files(folder):
     """The picture files of a folder, sorted by name."""
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in Path(folder).iterdir()
+                  if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._"))  # ._: macOS adds them
 
 
 def karpathy(folder):
@@ -1241,18 +1326,26 @@ def pack(pairs, out, size=0, shard_size=10_000):
     """Write all pairs as shards OUT/00000.tar ...; those that are there are kept.  -> list of what was left out
 
     size: pictures with a longer short side are resized to it (bicubic, JPEG of quality 95 as img2dataset); others, and
-    all with 0, keep their bytes.  Raises ValueError where OUT was packed from something else or in another way.
+    all with 0, keep their bytes.  Raises ValueError where OUT was packed from other files or in another way.
     """
     out.mkdir(parents=True, exist_ok=True)
     stamp, stamp_file = dict(pairs=pairs.digest(), size=size, shard_size=shard_size), out / "pack.json"
     if not stamp_file.is_file() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and was not packed by this program: give another --out")
-    if stamp_file.is_file() and json.loads(stamp_file.read_text("utf-8")) != stamp:
-        raise ValueError(f"{out} was packed from other pairs or in another way ({stamp_file.read_text('utf-8')} there, "
-                         f"{json.dumps(stamp)} now): give another --out")
-    stamp_file.write_text(json.dumps(stamp), "utf-8")
+    if stamp_file.is_file():
+        there = json.loads(stamp_file.read_text("utf-8"))
+        if stamp != {name: there.get(name) for name in stamp}:
+            raise ValueError(f"{out} was packed from other files or in another way ({json.dumps(there)} there, "
+                             f"{json.dumps(stamp)} now): give another --out")
+    for part in out.glob("*.partial-*"):  # of a run that was killed
+        part.unlink()
     numbers = [i for i in range(math.ceil(len(pairs) / shard_size)) if not (out / f"{i:05d}.tar").is_file()]
-    return sum(in_parallel(partial(_pack_shard, pairs, out, size, shard_size), numbers, f"packing into {out}"), [])
+    for done in (False, True):
+        with making(stamp_file) as file:
+            file.write(json.dumps(dict(stamp, done=done)).encode())
+        if not done:
+            bad = in_parallel(partial(_pack_shard, pairs, out, size, shard_size), numbers, f"packing into {out}")
+    return sum(bad, [])
 
 
 def _pack_shard(pairs, out, size, shard_size, number):
@@ -1265,7 +1358,7 @@ def _pack_shard(pairs, out, size, shard_size, number):
                 image = open_picture(content)
                 suffix = dict(JPEG="jpg", MPO="jpg", PNG="png", WEBP="webp").get(image.format)
                 if suffix is None or 0 < size < min(image.size):
-                    shrink, suffix = (min(image.size) / size if 0 < size < min(image.size) else 1.0), "jpg"
+                    shrink, suffix = (min(image.size) / size if size else 1.0), "jpg"
                     image = decode(image, shrink / 2)  # of twice the size at least, for bicubic's sake
                     shrink = max(1.0, min(image.size) / size if size else 1.0)
                     image = image.resize([max(1, round(side / shrink)) for side in image.size], Image.BICUBIC)
@@ -1276,27 +1369,30 @@ def _pack_shard(pairs, out, size, shard_size, number):
             key = f"{number:05d}{i - number * shard_size:05d}"
             add_member(tar, f"{key}.{suffix}", content)
             if len(captions) == 1:
-                add_member(tar, f"{key}.txt", captions[0].encode())
+                add_member(tar, f"{key}.txt", captions[0].encode("utf-8", "replace"))
             else:
                 add_member(tar, f"{key}.json", json.dumps(dict(captions=captions)).encode())
     return bad
 
 
 def check(pairs):
-    """Decode every pair once; write what cannot be used into skip lists beside the data.  -> list of (name, reason)
+    """Decode every pair once; write what cannot be used into skip lists beside the data.  -> list of (file, reason)
 
-    Training and all commands leave out what the lists name, until they are deleted.
+    Other pairs then take the places of those on a list, uncounted, until the list is deleted or the file changes.
+    Raises ValueError where a source holds nothing else.
     """
     found = []
-    for source in pairs.sources:
+    for source in {source.path: source for source in pairs.sources}.values():
         bad = sum(in_parallel(partial(_check_part, source), range(len(source.count)), f"checking {source.path}"), [])
+        if len(bad) == len(source):
+            raise ValueError(f"all of the {len(bad):,} pairs of {source.path} are bad, the first for this reason: "
+                             f"{bad[0][2]}; no skip list is written")
         if bad:
-            old = made(source.path, ".skip")
-            lines = (old.read_text("utf-8") if old else "") + "".join(
-                f"{file}\t{offset}\t{reason}\n" for file, offset, reason in bad)
+            names, stamps = list(source.stamps()), list(source.stamps().values())
             with making(to_make(source.path, ".skip")) as file:
-                file.write(lines.encode())
-        found += [(os.path.join(source.folder, file), reason) for file, _, reason in bad]
+                file.writelines(json.dumps([names[number], *stamps[number], offset, reason]).encode() + b"\n"
+                                for number, offset, reason in bad)
+        found += [(source.file_name(number), reason) for number, _, reason in bad]
     return found
 
 
@@ -1311,7 +1407,7 @@ def _check_part(source, part):
 
 
 def show(pairs, out, count=24, size=224, crop_min=0.5, seed=0):
-    """A contact sheet of random pairs, cropped as in training, each over the caption drawn for it."""
+    """A contact sheet of random pairs, cropped as in training (SLIP's crop), each over a caption drawn for it."""
     columns, line = 6, 14
     sheet = Image.new("RGB", (columns * (size + 8), math.ceil(count / columns) * (size + 5 * line)), "white")
     pen, rng = ImageDraw.Draw(sheet), np.random.default_rng(seed)
@@ -1337,12 +1433,14 @@ def stats(pairs, limit=10_000):
     parts = in_parallel(partial(_measure, pairs, Tokenizer.clip()), [range(i, min(n, i + 100 * step), step)
                                                                      for i in range(0, n, 100 * step)], "measuring")
     found = np.array([row for rows, _ in parts for row in rows])
+    if not len(found):
+        raise ValueError("none of the pairs can be read: python data.py check says why")
     lines = [f"{len(source):,} pairs in {len(source.count):,} parts: {source.path}" for source in pairs.sources]
     lines += [f"{n:,} pairs an epoch; of {len(found) + sum(bad for _, bad in parts):,}, spread evenly:",
-              f"{'':<28}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most"))]
-    for name, values in zip(("captions", "tokens with start and end", "width", "height", "bytes"), found.T):
-        lines.append(f"{name:<28}" + "".join(f"{v:>10,.0f}" for v in np.percentile(values, (0, 5, 50, 95, 100))))
-    lines.append(f"{(found[:, 1] > 77).mean():.1%} of the captions are longer than 77 tokens; "
+              f"{'':<31}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most"))]
+    for name, values in zip(("captions", "tokens of the first, with ends", "width", "height", "bytes"), found.T):
+        lines.append(f"{name:<31}" + "".join(f"{v:>10,.0f}" for v in np.percentile(values, (0, 5, 50, 95, 100))))
+    lines.append(f"{(found[:, 1] > 77).mean():.1%} of the first captions are longer than 77 tokens; "
                  f"{sum(bad for _, bad in parts)} pairs are bad")
     return "\n".join(lines)
 
@@ -1377,19 +1475,28 @@ def yfcc(subset, dataset, out, hashed=False):
     with `hashed` that of the public bucket, HAS/HHA/HASH.jpg.  Rows without any caption are left out.
     """
     def lines(path):
+        """(number in the first cell, line) of each line."""
         with tqdm(total=os.path.getsize(path), desc=f"reading {path}", unit="B", unit_scale=True, disable=None) as bar:
             with open(path, "rb") as raw, bz2.open(raw) if Path(path).suffix == ".bz2" else raw as file:
-                for line in file:
-                    yield line.decode("utf-8", "replace").rstrip("\n")
-                    bar.update(raw.tell() - bar.n)
+                try:
+                    for i, line in enumerate(file, 1):
+                        line, number = line.decode("utf-8", "replace").rstrip("\r\n"), line.split(b"\t", 1)[0]
+                        bar.update(raw.tell() - bar.n)
+                        if not number.isdigit() or int(number) >= len(wanted):
+                            raise ValueError(f"{path}, line {i}: wanted is a line's number in YFCC100M's table, a tab "
+                                             f"and other cells, not '{line[:80]}'")
+                        yield int(number), line
+                except EOFError as error:
+                    raise ValueError(f"{path} is cut off: fetch it anew") from error
 
+    if out.exists():
+        raise ValueError(f"{out} exists: delete it, or give another --out")
     wanted, rows, left_out = np.zeros(2 ** 27, bool), 0, 0  # YFCC100M has 100 million lines
-    for line in lines(subset):
-        wanted[int(line.split("\t", 1)[0])] = True
+    for number, _ in lines(subset):
+        wanted[number] = True
     with making(out) as file:
         file.write(b"image\turl\ttitle\tdescription\n")
-        for line in lines(dataset):
-            number = int(line[:line.index("\t")])
+        for number, line in lines(dataset):
             if wanted[number]:
                 cells = line.split("\t")
                 if len(cells) != 25:
@@ -1399,13 +1506,18 @@ def yfcc(subset, dataset, out, hashed=False):
                     left_out += 1
                     continue
                 image = f"{name[:3]}/{name[3:6]}/{name}.jpg" if hashed else yfcc_zip(number)
-                file.write(f"{image}\t{cells[16]}\t{title}\t{description}\n".encode())
+                file.write(f"{image}\t{cells[16]}\t{title}\t{description}\n".encode("utf-8", "replace"))
                 rows += 1
     return rows, left_out
 
 
 def main(argv=None):
     """The command line."""
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is less than 1")
+        return int(text)
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in dict(stats="pairs, caption lengths in tokens, picture sizes",
@@ -1418,8 +1530,8 @@ def main(argv=None):
         if name in ("show", "pack"):
             command.add_argument("--out", required=True, help="the PNG file" if name == "show" else "folder of shards")
         if name == "pack":
-            command.add_argument("--size", type=int, default=0, help="resize longer short sides to this; 0: keep bytes")
-            command.add_argument("--shard-size", type=int, default=10_000, help="pairs a shard")
+            command.add_argument("--size", type=positive, default=0, help="resize longer short sides to so many pixels")
+            command.add_argument("--shard-size", type=positive, default=10_000, help="pairs a shard")
         if name == "show":
             command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("yfcc", help="captions of YFCC-15M, cleaned as SLIP's")
@@ -1429,6 +1541,8 @@ def main(argv=None):
     command.add_argument("--hashed", action="store_true", help="pictures lie as in the public bucket, by hash")
     args = parser.parse_args(argv)
     try:
+        if args.command == "show" and Path(args.out).suffix != ".png":
+            raise ValueError(f"--out {args.out} must be a file NAME.png")
         if args.command == "yfcc":
             rows, left_out = yfcc(args.subset, args.dataset, Path(args.out), args.hashed)
             print(f"{args.out}: {rows:,} pictures with captions; {left_out:,} had none once cleaned")
@@ -1443,11 +1557,11 @@ def main(argv=None):
             print(args.out)
         elif args.command == "check":
             bad = check(pairs)
-            for (file, reason), count in sorted(Counter(bad).items()):
+            for (file, reason), count in Counter(bad).most_common(100):
                 print(f"{count:>7} in {file}: {reason}")
             lists = [str(place) for source in pairs.sources if (place := made(source.path, ".skip"))]
-            print(f"{len(bad):,} of {len(pairs):,} pairs are bad" + bool(bad) * " and are skipped from now on"
-                  + bool(lists) * f"; delete {', '.join(lists)} to have them back")
+            print(f"{len(bad):,} of {sum(map(len, pairs.sources)):,} pairs are bad" + bool(bad) * (
+                f"; others take their places from now on, until {', '.join(lists)} is deleted"))
         else:
             bad = pack(pairs, Path(args.out), args.size, args.shard_size)
             print("".join(f"left out: {line}\n" for line in bad[:10]) + f"{args.out}: packed; {len(bad):,} pairs bad")

@@ -365,8 +365,8 @@ def run(config):
             values = dict(zip(terms, (sums[:-1] / world).tolist()))  # each rank's terms are means over its own rows
             if sums[-1] > max(20, config.bad_limit * step * config.batch_size):  # 20: our choice, for the first steps
                 raise ValueError(f"{int(sums[-1]):,} of {step * config.batch_size:,} pairs were bad, more than "
-                                 f"--bad-limit {config.bad_limit}: see the warnings above; python data.py check "
-                                 f"{' '.join(config.data)} lists them, and they are skipped then")
+                                 f"--bad-limit {config.bad_limit}: see the warnings above; after python data.py check "
+                                 f"{' '.join(config.data)} others take their places, and the run can go on")
             if not all(map(math.isfinite, values.values())):
                 raise ValueError(f"the loss is not finite at step {step}: {values}; an older {out / 'last.pt'} is good")
         if rank == 0 and log_now:

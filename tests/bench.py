@@ -31,7 +31,7 @@ def jpeg(width, height, rng, quality=95):
     """A picture with the 1/f spectrum of photographs.  -> JPEG bytes (of quality 95, img2dataset's)"""
     f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) + 1 / width
     spectrum = rng.normal(size=(3, *f.shape)) + 1j * rng.normal(size=(3, *f.shape))
-    grey, *colour = np.fft.irfft2(spectrum / f ** 1.2, (height, width))
+    grey, *colour = np.fft.irfft2(spectrum / f ** 1.6, (height, width))
     pixels = np.stack([grey, grey + 0.3 * colour[0], grey + 0.3 * colour[1]], -1)
     pixels = 128 + 50 * pixels / pixels.std()
     buffer = io.BytesIO()
@@ -85,7 +85,7 @@ def our_loader(folder, needs, batch_size=256, workers=1, seed=0, root="."):
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate, num_workers=workers)
 
 
-def open_clip_loader(folder, batch_size=64):
+def open_clip_loader(folder, batch_size=256):
     """open_clip's training chain: webdataset with its shuffles, torchvision's transforms, CLIP's tokenizer."""
     import open_clip
     import webdataset as wds
@@ -112,10 +112,10 @@ def loader():
             rates = []
             for _ in range(3):
                 row = [pillow_rate(pictures, n // 4)]
-                row += [rate_of(our_loader(folder, needs), 2, 64) for needs in (
+                row += [rate_of(our_loader(folder, needs), 2, 256) for needs in (
                     ("images", "text"), ("images", "text", "mask", "mlm"))]
                 if importlib.util.find_spec("open_clip"):
-                    row.append(rate_of(open_clip_loader(Path(folder)), 2, 64))
+                    row.append(rate_of(open_clip_loader(Path(folder)), 2, 256))
                 rates.append(row)
             row = np.median(rates, 0)
             peer = (f"; open_clip {row[3]:.0f}, CLIP's is {row[1] / row[3]:.2f} times that" if len(row) > 3 else
