@@ -240,6 +240,39 @@ def test_broken_pictures_raise_what_training_catches(kind):
         data.decode(BROKEN[kind])
 
 
+def test_no_picture_starts_a_program(tmp_path, monkeypatch):
+    """Pillow reads EPS through Ghostscript: a shard must not bring PostScript to run."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(ValueError, match="no picture"):
+        data.decode(eps)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(eps)).load()  # Pillow alone starts it
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_spares_the_pixels(kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    content = encoded(left_red_right_blue(), kind, exif=exif)
+    start = content.index(b"MM\x00*")
+    spoilt = bytearray(content)
+    spoilt[start:start + 4] = b"????"
+    if kind == "PNG":  # whose chunks are checked
+        chunk = spoilt.index(b"eXIf")
+        size = int.from_bytes(spoilt[chunk - 4:chunk], "big")
+        spoilt[chunk + 4 + size:chunk + 8 + size] = zlib.crc32(spoilt[chunk:chunk + 4 + size]).to_bytes(4, "big")
+    assert data.decode(content).size == (32, 64) and data.decode(bytes(spoilt)).size == (64, 32)
+    for value in (0, 9, 300):  # no orientation
+        exif[0x0112] = value
+        content = encoded(left_red_right_blue(), kind, exif=exif)
+        assert data.decode(content).size == data.upright_size(data.open_picture(content)) == (64, 32)
+
+
 @pytest.mark.filterwarnings("ignore:")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_spoilt_bytes_raise_nothing_else(kind):
