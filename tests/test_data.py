@@ -856,6 +856,22 @@ def test_batches_are_the_same_for_any_workers_ranks_and_restarts(tmp_path):
     assert batches(first=5, world=2, workers=1) == whole[5:]
 
 
+def test_a_batch_is_the_receivers_own(tmp_path):
+    """Workers fill the same memory again and again: what has been received, or waits to be, must not change."""
+    write_shard(tmp_path / "0.tar", members(range(12)))
+    samples = samples_of(pairs_of(tmp_path), ("images", "text", "mask"))
+    order = data.Order([12], 0)
+    def loader(workers):
+        return torch.utils.data.DataLoader(samples, batch_sampler=data.GlobalBatches(order, 3, 0, 12),
+                                           collate_fn=samples.collate, num_workers=workers)
+    got = []
+    for batch in loader(1):
+        got.append(batch)
+        time.sleep(0.03)  # the worker is ahead
+    for ours, alone in zip(got, loader(0), strict=True):
+        assert all(torch.equal(ours[name], alone[name]) for name in ("images", "ids_keep", "ids_hide"))
+
+
 def test_a_batch_holds_what_the_methods_need(tmp_path):
     write_shard(tmp_path / "0.tar", [m for i in range(4) for m in (
         (f"{i}.jpg", jpeg()), (f"{i}.txt", " ".join(["red star"] * (1 + 9 * (i == 3))).encode()))])
