@@ -1168,42 +1168,40 @@ class Samples(torch.utils.data.Dataset):
     def sample(self, epoch, index, rng):
         """One pair as the method wants it.  Raises one of BAD_IMAGE."""
         content, captions = self.pairs[epoch, index]
-        image, config, sample = open_picture(content), self.config, {}
-        size, side, full = self.shape.image_size, self.shape.grid, upright_size(image)
-        caption = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
+        image, size = open_picture(content), self.shape.image_size
+        full, caption = upright_size(image), captions[int(rng.integers(len(captions))) if len(captions) > 1 else 0]
         # All boxes are drawn before the picture is decoded, so that it is decoded no larger than they need.
-        boxes = [crop_box(*full, (smallest, 1.0), rng) for name, smallest in (
-            ("images", config.crop_min), ("views", 0.08), ("views", 0.08)) if name in self.needs]  # 0.08: SLIP, SimCLR
+        smallest = [self.config.crop_min] * ("images" in self.needs) + [0.08] * 2 * ("views" in self.needs)  # .08: SLIP
+        boxes = [crop_box(*full, (share, 1.0), rng) for share in smallest]
         image = decode(image, min(min(w, h) for _, _, w, h in boxes) / size)
         crops = [crop(image, box, size, full) for box in boxes]
+        sample = dict(caption=caption, rng=rng)
         if "images" in self.needs:
             sample["images"] = np.asarray(crops.pop(0))
         if "views" in self.needs:
             sample["views"] = np.stack([distort(view, rng) for view in crops])
-        if "mask" in self.needs:
-            mask = (block_mask((side, side), config.mask_ratio, rng) if config.mask == "block" else
-                    random_mask(side * side, config.mask_ratio, rng))
-            sample["ids_keep"], sample["ids_hide"] = np.flatnonzero(~mask), np.flatnonzero(mask)
-        if "text" in self.needs:
-            sample["tokens"] = self.tokenizer(caption, self.shape.context_length)[0]
-        if "mlm" in self.needs:
-            sample["mlm"] = _mlm_mask(len(sample["tokens"]), config.mlm_ratio, rng)
         return sample
 
     def collate(self, samples):
-        """A list of samples -> a batch of tensors, texts as long as the longest; "bad" is one list."""
-        def padded(name):  # (B, L)
-            return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
-        batch = dict(bad=[line for sample in samples for line in sample["bad"]])
-        for name in ("images", "views", "ids_keep", "ids_hide"):
-            if name in samples[0]:
-                arrays = [sample[name] for sample in samples]
-                batch[name] = self._lend(name, arrays) if torch.utils.data.get_worker_info() else torch.from_numpy(
-                    np.stack(arrays))
-        if "tokens" in samples[0]:
-            batch["tokens"] = padded("tokens")
-        if "mlm" in samples[0]:
-            chosen = padded("mlm")
+        """A list of samples -> a batch of tensors, texts as long as the longest; "bad" is one list.
+
+        Masks are drawn here, each from its sample's rng: in a row they take half the time of one after each picture.
+        """
+        arrays = {name: [sample[name] for sample in samples] for name in ("images", "views") if name in self.needs}
+        side, length, rngs = self.shape.grid, self.shape.context_length, [sample["rng"] for sample in samples]
+        if "mask" in self.needs:
+            masks = [block_mask((side, side), self.config.mask_ratio, rng) if self.config.mask == "block" else
+                     random_mask(side * side, self.config.mask_ratio, rng) for rng in rngs]
+            arrays["ids_keep"] = [np.flatnonzero(~mask) for mask in masks]
+            arrays["ids_hide"] = [np.flatnonzero(mask) for mask in masks]
+        batch = {name: self._lend(name, rows) if torch.utils.data.get_worker_info() else
+                 torch.from_numpy(np.stack(rows)) for name, rows in arrays.items()}
+        batch["bad"] = [line for sample in samples for line in sample["bad"]]
+        if "text" in self.needs:
+            batch["tokens"] = self.tokenizer([sample["caption"] for sample in samples], length)                # (B, L)
+        if "mlm" in self.needs:
+            draws = torch.from_numpy(np.stack([rng.random(length) for rng in rngs]))
+            chosen = _mlm_mask(batch["tokens"] == self.tokenizer.eot, self.config.mlm_ratio, draws)             # (B, L)
             batch["mlm_tokens"] = batch["tokens"].masked_fill(chosen, self.tokenizer.mask)
             batch["mlm_ids"] = chosen.flatten().nonzero()[:, 0]                  # (R,) places in the flattened (B, L)
             batch["mlm_targets"] = batch["tokens"].flatten()[batch["mlm_ids"]]   # (R,)
@@ -1234,12 +1232,15 @@ class _Lent:
         return torch.clone, (self.tensor,)
 
 
-def _mlm_mask(length, ratio, rng):
-    """Which of a row's tokens to mask: a share `ratio` of those between start and end, at least one if there is any."""
-    inner = length - 2
-    mask = np.zeros(length, bool)
-    mask[1 + rng.permutation(inner)[:max(1, round(ratio * inner))]] = True
-    return torch.from_numpy(mask)
+def _mlm_mask(is_end, ratio, draws):
+    """Which tokens to mask: of those between start and end a share `ratio`, at least one if there is any.
+
+    is_end (B, L) bool, draws (B, >= L) in [0, 1): the lowest are taken.  -> bool (B, L)
+    """
+    inner = is_end.int().argmax(1, keepdim=True) - 1                                   # (B, 1) tokens between
+    place = torch.arange(is_end.size(1))                                               # (L,)
+    draws = draws[:, :is_end.size(1)].masked_fill((place < 1) | (place > inner), 2.0)
+    return draws.argsort(1).argsort(1) < torch.minimum(inner, (ratio * inner).round().clamp(min=1))
 
 
 class GlobalBatches(torch.utils.data.Sampler):

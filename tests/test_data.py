@@ -741,8 +741,8 @@ def test_a_bad_pair_is_replaced_by_the_same_one_each_time_and_named(tmp_path, ki
     samples = samples_of(pairs_of(tmp_path))
     first, again, good = samples[0, 0], samples[0, 0], samples[0, 1]
     assert len(first["bad"]) == 1 and "0.tar at byte" in first["bad"][0] and good["bad"] == []
-    assert all(np.array_equal(first[name], again[name]) for name in first if name != "bad")
-    assert samples.tokenizer.decode(first["tokens"][1:-1].tolist()).strip() == "good"
+    assert all(np.array_equal(first[name], again[name]) for name in ("images", "views", "caption"))
+    assert first["caption"] == "good"
 
 
 def test_captions_of_any_length_and_bytes(tmp_path):
@@ -750,9 +750,9 @@ def test_captions_of_any_length_and_bytes(tmp_path):
     write_shard(tmp_path / "0.tar", [("a.jpg", jpeg()), ("a.txt", long.encode()), ("b.jpg", jpeg()),
                                      ("b.txt", b"\xe9 \xff au")])
     samples = samples_of(pairs_of(tmp_path))
-    tokens = samples[0, 0]["tokens"]
-    assert len(tokens) == 12 and tokens[-1] == samples.tokenizer.eot and samples[0, 0]["bad"] == []
-    assert "au" in samples.tokenizer.decode(samples[0, 1]["tokens"][1:-1].tolist()) and samples[0, 1]["bad"] == []
+    tokens = samples.collate([samples[0, 0], samples[0, 1]])["tokens"]
+    assert tokens.shape == (2, 12) and tokens[0, -1] == samples.tokenizer.eot and samples[0, 0]["bad"] == []
+    assert "au" in samples.tokenizer.decode(tokens[1, 1:-1].tolist()) and samples[0, 1]["bad"] == []
 
 
 @pytest.mark.parametrize("what", ["vanishes", "shrinks"])
@@ -775,9 +775,9 @@ def test_one_of_several_captions_is_drawn_at_each_visit(tmp_path):
     fields = json.dumps(dict(title="red", description="blue", caption="")).encode()
     write_shard(tmp_path / "0.tar", [("a.jpg", jpeg()), ("a.json", fields)])
     samples = samples_of(pairs_of(tmp_path), ("images", "text"))
-    drawn = [samples.tokenizer.decode(samples[epoch, 0]["tokens"][1:-1].tolist()).strip() for epoch in range(60)]
+    drawn = [samples[epoch, 0]["caption"] for epoch in range(60)]
     assert 15 < Counter(drawn)["red"] < 45 and set(drawn) == {"red", "blue"}
-    assert drawn[:9] == [samples.tokenizer.decode(samples[e, 0]["tokens"][1:-1].tolist()).strip() for e in range(9)]
+    assert drawn[:9] == [samples[epoch, 0]["caption"] for epoch in range(9)]
 
 
 def test_nothing_but_bad_pairs_ends_with_a_sentence(tmp_path):
@@ -1099,6 +1099,18 @@ def test_stats_counts_tokens_and_sizes(tmp_path, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- evaluation sets
+
+def test_masked_words_are_a_random_share_of_those_between_the_ends():
+    """Each as often as the others, never an end or padding; "!" is id 0 in CLIP's vocabulary, as padding is."""
+    eot, often = 9, torch.zeros(8)
+    tokens = torch.tensor([[8, 0, 5, 0, 1, 2, 0, eot], [8, 0, eot, 0, 0, 0, 0, 0], [8, eot, 0, 0, 0, 0, 0, 0],
+                           [8, 1, eot, 2, eot, 0, 0, 0]])
+    for seed in range(600):
+        chosen = data._mlm_mask(tokens == eot, 0.5, torch.from_numpy(np.random.default_rng(seed).random((4, 77))))
+        assert chosen.sum(1).tolist() == [3, 1, 0, 1] and chosen[1, 1] and chosen[3, 1]
+        often += chosen[0]
+    assert not often[0] and not often[7] and 240 < often[1:7].min() and often[1:7].max() < 360
+
 
 def test_class_folders_and_retrieval_sets_that_are_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no class folders"):
