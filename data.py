@@ -407,8 +407,9 @@ def making(place):
 class Source:
     """Pairs whose places are known from an index file, mapped into memory and shared by all processes.
 
-    A subclass says how the index is made.  first, count: rows of each part, which the order moves as one; damage:
-    sentences; read(row) -> (bytes of the picture's file, captions), one of BAD_IMAGE where the pair cannot be used.
+    A subclass says how the index is made.  mine: which of its files are used; first, count: rows of each part, which
+    the order moves as one; damage: sentences; read(row) -> (bytes of the picture's file, captions), one of BAD_IMAGE
+    where the pair cannot be used.
     """
 
     def __init__(self, path, folder):
@@ -555,8 +556,9 @@ class Shards(Source):
             damage |= {name: line for name, (_, line) in zip(new, found) if line}
             place = self.save(kept | new, list(map(len, chunks)), chunks, damage=damage)
         number = {name: i for i, name in enumerate(self.files["name"].tolist())}
-        mine = [number[os.fsencode(name)] for name in names]
-        self.count, self.first = self.files["count"][mine], (np.cumsum(self.files["count"]) - self.files["count"])[mine]
+        self.mine, ends = [number[os.fsencode(name)] for name in names], np.cumsum(self.files["count"])
+        self.count = self.files["count"][self.mine]
+        self.first = ends[self.mine] - self.count
         self.damage = [f"{os.path.join(self.folder, name)} {self.header['damage'][name]}" for name in names
                        if name in self.header["damage"]]
         packed = Path(folder) / "pack.json"
@@ -631,7 +633,7 @@ class Table(Source):
                 with making(table) as file:
                     file.writelines(_class_lines(path, folders) if self.classes else _record_lines(path))
             self.load(self._scan(table, origin))
-        self.columns, self.damage = self.header["columns"], self.header["damage"]
+        self.mine, self.columns, self.damage = slice(None), self.header["columns"], self.header["damage"]
         self.home = os.path.join(self.folder, self.header["home"])
         home = path if self.classes else path.parent
         self.templates, self.words = templates_of(home), {}
@@ -898,7 +900,7 @@ class Pairs:
         """What must be equal for a run to see the same pairs in the same order: sizes and names of parts and files."""
         code = zlib.crc32(self.sizes.tobytes())
         for source in self.sources:
-            code = zlib.crc32(source.files[["name", "size"]].tobytes() + source.first.tobytes(), code)
+            code = zlib.crc32(repr(source.files[source.mine][["name", "size"]].tolist()).encode(), code)
         return f"{len(self)} pairs, {code:08x}"
 
     def find(self, epoch, index):

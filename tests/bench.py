@@ -105,7 +105,7 @@ def loader():
     """One worker against Pillow alone and against open_clip's chain, in turn, three times."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    for width, height, n in ((340, 256, 4096), (680, 512, 2048), (1360, 1024, 512)):
+    for width, height, n in ((340, 256, 4096), (680, 512, 2048), (1360, 1024, 1536)):
         pictures = [jpeg(width, height, rng) for _ in range(32)]
         with tempfile.TemporaryDirectory() as folder:
             shards(Path(folder), pictures, n // 32)

@@ -587,8 +587,11 @@ def test_braces_name_shards(tmp_path):
     assert data.expand("a/{008..011}.{tar,zip}") == [f"a/{i:03d}.{end}" for i in range(8, 12) for end in ("tar", "zip")]
     pairs = pairs_of("set/{00001..00002}.tar", root=tmp_path)
     assert [i for i, _ in contents(pairs)] == list(range(3, 9))
+    digest = pairs.digest()
     assert [i for i, _ in contents(pairs_of(tmp_path / "set/00003.tar"))] == [9, 10, 11]
     assert [i for i, _ in contents(pairs_of("set", root=tmp_path))] == list(range(12))  # the index grows
+    assert pairs_of("set/{00001..00002}.tar", root=tmp_path).digest() == digest  # which is no other data for a run
+    assert pairs_of("set/{00002..00003}.tar", root=tmp_path).digest() != digest
     with pytest.raises(FileNotFoundError, match="no data set 'set/00004.tar'"):
         pairs_of("set/{00002..00005}.tar", root=tmp_path)
     write_shard(tmp_path / "more/0.tar", members(range(20, 22)))
