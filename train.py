@@ -323,7 +323,7 @@ def run(config):
     bar = tqdm(total=stop_at, initial=first, desc=config.method, unit="step", mininterval=1,
                disable=None if rank == 0 else True)  # a bar on a terminal, lines elsewhere
     bad = saved["bad"] if saved and rank == 0 else 0  # the log counts the sum over ranks
-    saved, step, seen, clock, saved_at = None, first, 0, time.time(), time.time()
+    named, saved, step, seen, clock, saved_at = [], None, first, 0, time.time(), time.time()
 
     for batch in loader:
         lr, momentum = learning_rate(step, config, per_epoch), ema_momentum(step, config, per_epoch)
@@ -333,6 +333,7 @@ def run(config):
             bad += 1
             if bad <= 10:
                 tqdm.write(f"warning: bad pair, another takes its place: {line}")
+                named.append(line)
         batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
         batch |= {name: data.normalize(batch[name]) for name in ("images", "views") if name in batch}
 
@@ -374,13 +375,13 @@ def run(config):
                 values["scale"] = model.logit_scale.exp().item()
             rate = seen / (time.time() - clock)
             log.write(json.dumps(dict(step=step, epoch=step / per_epoch, **values, lr=lr, bad=int(sums[-1]),
-                                      seen_per_s=round(rate, 1))) + "\n")
+                                      **dict(bad_pairs=named) if named else {}, seen_per_s=round(rate, 1))) + "\n")
             log.flush()
             short = " ".join(f"{name} {value:.2f}" for name, value in values.items()) + f" {rate:.0f} pictures/s"
             bar.set_postfix_str(short)
             if bar.disable:
                 print(f"step {step}/{stop_at} {short}", flush=True)
-            seen, clock = 0, time.time()
+            named, seen, clock = [], 0, time.time()
         if rank == 0 and (save_now or log_now and time.time() - saved_at > 60 * config.save_minutes):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise ValueError(f"the weights are not finite at step {step}; an older {out / 'last.pt'} is good")

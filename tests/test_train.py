@@ -226,6 +226,8 @@ def test_bad_pairs_are_counted_in_the_log(tmp_path):
     (tmp_path / "00000.tar").write_bytes(content)
     train.run(small(tmp_path, tmp_path / "run"))
     assert lines(tmp_path / "run")[-1]["bad"] == 1
+    named = [name for line in lines(tmp_path / "run") for name in line.get("bad_pairs", ())]
+    assert len(named) == 1 and "00000.tar at byte" in named[0]
 
 
 def test_too_many_bad_pairs_stop_the_run_and_check_lets_it_go_on(tmp_path):
