@@ -566,6 +566,9 @@ class Shards(Source):
             self.damage.append(f"{folder} is not packed to the end: the same data.py pack goes on")
         self.read_skip_list()
 
+    def __str__(self):
+        return self.folder
+
     def texts(self, row):
         """The captions of a row, one of which is drawn at each visit.  Raises ValueError where there is none."""
         number, _, _, offset, size, kind = self.rows[row].item()
@@ -643,6 +646,9 @@ class Table(Source):
         self.first = np.arange(0, len(self.rows), PART)
         self.count = np.diff(np.append(self.first, len(self.rows)))
         self.read_skip_list()
+
+    def __str__(self):
+        return str(self.path)
 
     def _scan(self, table, origin):
         """Find where each record begins, and for pictures in zips where they lie there.  -> where the index lies"""
@@ -1386,9 +1392,9 @@ def check(pairs):
     """
     found = []
     for source in {source.path: source for source in pairs.sources}.values():
-        bad = sum(in_parallel(partial(_check_part, source), range(len(source.count)), f"checking {source.path}"), [])
+        bad = sum(in_parallel(partial(_check_part, source), range(len(source.count)), f"checking {source}"), [])
         if len(bad) == len(source):
-            raise ValueError(f"all of the {len(bad):,} pairs of {source.path} are bad, the first for this reason: "
+            raise ValueError(f"all of the {len(bad):,} pairs of {source} are bad, the first for this reason: "
                              f"{bad[0][2]}; no skip list is written")
         if bad:
             names, stamps = list(source.stamps()), list(source.stamps().values())
@@ -1438,7 +1444,7 @@ def stats(pairs, limit=10_000):
     found = np.array([row for rows, _ in parts for row in rows])
     if not len(found):
         raise ValueError("none of the pairs can be read: python data.py check says why")
-    lines = [f"{len(source):,} pairs in {len(source.count):,} parts: {source.path}" for source in pairs.sources]
+    lines = [f"{len(source):,} pairs in {len(source.count):,} parts: {source}" for source in pairs.sources]
     lines += [f"{n:,} pairs an epoch; of {len(found) + sum(bad for _, bad in parts):,}, spread evenly:",
               f"{'':<31}" + "".join(f"{name:>10}" for name in ("least", "5 %", "median", "95 %", "most"))]
     for name, values in zip(("captions", "tokens of the first, with ends", "width", "height", "bytes"), found.T):
