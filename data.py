@@ -28,6 +28,7 @@ import struct
 import sys
 import tarfile
 import textwrap
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -418,11 +419,15 @@ class Source:
     def __len__(self):
         return int(self.count.sum())
 
+    def at(self, name):
+        """The path of a name in the index: by the letters, as relpath makes them, also where folders are links."""
+        return os.path.normpath(os.path.join(self.folder, name))
+
     def stamp(self, name):
         """What must be as it was for a file's rows to be right: its size and time; -1 where it is missing."""
         try:
-            stat = os.stat(os.path.join(self.folder, name))
-        except FileNotFoundError:
+            stat = os.stat(self.at(name))
+        except (OSError, ValueError):
             return -1, -1
         return stat.st_size, stat.st_mtime_ns
 
@@ -442,8 +447,8 @@ class Source:
                 (n,), _, dtype = np.lib.format.read_array_header_1_0(file)
                 self._map = place, os.fstat(file.fileno()).st_ino, file.tell(), n
                 self.rows = self._mapped(file)
-        except (OSError, ValueError, KeyError, EOFError):
-            return False  # none, or cut off: made anew
+        except (OSError, ValueError, KeyError, EOFError, TypeError, SyntaxError, tokenize.TokenError):
+            return False  # none, cut off or spoilt (the last two: numpy's header): made anew
         return dtype == ROW
 
     def _mapped(self, file):
@@ -491,7 +496,7 @@ class Source:
         return 0 if kind >= OWN_FILE else number, offset
 
     def file_name(self, number):
-        return os.path.join(self.folder, os.fsdecode(self.files["name"][number]))
+        return self.at(os.fsdecode(self.files["name"][number]))
 
     def bytes(self, number, offset, size):
         """Read from a file by its number; the last 64 files stay open, since opening is slow on network disks."""
@@ -537,7 +542,7 @@ class Shards(Source):
     def __init__(self, folder, names):
         super().__init__(Path(folder) / "pairs", folder)
         place = made(self.path, ".index")
-        while True:  # until the index has all: another run may have written its own in the meantime
+        for _ in range(5):  # until the index has all: another run may have written its own in the meantime
             kept, damage, chunks = {}, {}, []
             if self.load(place):
                 kept = {name: stamp for name, stamp in self.stamps().items() if self.stamp(name) == stamp}
@@ -555,6 +560,8 @@ class Shards(Source):
                 chunk["file"] = number
             damage |= {name: line for name, (_, line) in zip(new, found) if line}
             place = self.save(kept | new, list(map(len, chunks)), chunks, damage=damage)
+        else:
+            raise ValueError(f"{self.at(next(iter(new)))} changes while it is read: wait until it is written")
         number = {name: i for i, name in enumerate(self.files["name"].tolist())}
         self.mine, ends = [number[os.fsencode(name)] for name in names], np.cumsum(self.files["count"])
         self.count = self.files["count"][self.mine]
@@ -562,7 +569,7 @@ class Shards(Source):
         self.damage = [f"{os.path.join(self.folder, name)} {self.header['damage'][name]}" for name in names
                        if name in self.header["damage"]]
         packed = Path(folder) / "pack.json"
-        if packed.is_file() and not json.loads(packed.read_text("utf-8"))["done"]:
+        if packed.is_file() and '"done": false' in packed.read_text("utf-8", "replace"):
             self.damage.append(f"{folder} is not packed to the end: the same data.py pack goes on")
         self.read_skip_list()
 
@@ -629,7 +636,7 @@ class Table(Source):
         self.suffix = ".jsonl" if listed else self.suffix
         if not (self.load(made(path, ".index")) and self.header["origin"] == origin and
                 all(self.stamp(name) == stamp for name, stamp in self.stamps().items()) and
-                os.path.isfile(os.path.join(self.folder, self.header["home"], self.header["example"]))):
+                os.path.isfile(self.at(os.path.join(self.header["home"], self.header["example"])))):
             table = path
             if listed:
                 table = to_make(path, ".listing")
@@ -637,7 +644,7 @@ class Table(Source):
                     file.writelines(_class_lines(path, folders) if self.classes else _record_lines(path))
             self.load(self._scan(table, origin))
         self.mine, self.columns, self.damage = slice(None), self.header["columns"], self.header["damage"]
-        self.home = os.path.join(self.folder, self.header["home"])
+        self.home = self.at(self.header["home"])
         home = path if self.classes else path.parent
         self.templates, self.words = templates_of(home), {}
         if (file := home / "words.txt").is_file():
@@ -675,7 +682,7 @@ class Table(Source):
                     if outer not in zips:
                         zips[outer] = self.stamp(outer)
                         numbers[outer] = len(zips)
-                    place = _zip_members(os.path.join(self.folder, outer), zips[outer]).get(member)
+                    place = _zip_members(self.at(outer), zips[outer]).get(member)
                     if place is None:
                         lost += 1
                         continue
@@ -788,7 +795,7 @@ def _zip_members(path, stamp):
                                       ZIP_DEFLATED if member.compress_type else ZIP_STORED)
                     for member in file.infolist() if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
                     and member.compress_size < 2 ** 32}
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return {}
 
 
@@ -1161,14 +1168,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng, bad, tries = np.random.default_rng([self.config.seed, epoch, index]), [], 0
+        rng, bad, skipped = np.random.default_rng([self.config.seed, epoch, index]), [], 0
         while True:
             try:
                 return dict(self.sample(epoch, index, rng), bad=bad)
             except BAD_IMAGE as error:
-                if not isinstance(error, Skipped):
+                if isinstance(error, Skipped):
+                    skipped += 1
+                else:
                     bad.append(f"{self.pairs.name(epoch, index)}: {error}")
-                if (tries := tries + 1) == 20:
+                if len(bad) == 20 or skipped == 1000:
                     raise ValueError("20 bad pairs in a row, the data is damaged: "
                                      + ("; ".join(bad[:3]) or "all are on the skip list")) from error
                 index = int(rng.integers(len(self.pairs)))
@@ -1342,9 +1351,9 @@ def pack(pairs, out, size=0, shard_size=10_000):
     if not stamp_file.is_file() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and was not packed by this program: give another --out")
     if stamp_file.is_file():
-        there = json.loads(stamp_file.read_text("utf-8"))
-        if stamp != {name: there.get(name) for name in stamp}:
-            raise ValueError(f"{out} was packed from other files or in another way ({json.dumps(there)} there, "
+        there = stamp_file.read_text("utf-8", "replace")
+        if there not in (json.dumps(dict(stamp, done=done)) for done in (False, True)):
+            raise ValueError(f"{out} was packed from other files or in another way ({there} there, "
                              f"{json.dumps(stamp)} now): give another --out")
     for part in out.glob("*.partial-*"):  # of a run that was killed
         part.unlink()
@@ -1391,16 +1400,19 @@ def check(pairs):
     Raises ValueError where a source holds nothing else.
     """
     found = []
-    for source in {source.path: source for source in pairs.sources}.values():
+    for source in {(source.path, source.first.tobytes()): source for source in pairs.sources}.values():
         bad = sum(in_parallel(partial(_check_part, source), range(len(source.count)), f"checking {source}"), [])
         if len(bad) == len(source):
             raise ValueError(f"all of the {len(bad):,} pairs of {source} are bad, the first for this reason: "
                              f"{bad[0][2]}; no skip list is written")
-        if bad:
-            names, stamps = list(source.stamps()), list(source.stamps().values())
+        names, stamps, old = list(source.stamps()), list(source.stamps().values()), made(source.path, ".skip")
+        mine = set(np.array(names, object)[source.mine])  # of other shards of the folder the list keeps what it says
+        lines = old.read_text("utf-8").splitlines() if old else []
+        lines = [line for line in lines if json.loads(line)[0] not in mine]
+        lines += [json.dumps([names[number], *stamps[number], offset, reason]) for number, offset, reason in bad]
+        if lines or old:
             with making(to_make(source.path, ".skip")) as file:
-                file.writelines(json.dumps([names[number], *stamps[number], offset, reason]).encode() + b"\n"
-                                for number, offset, reason in bad)
+                file.write("".join(f"{line}\n" for line in lines).encode())
         found += [(source.file_name(number), reason) for number, _, reason in bad]
     return found
 
@@ -1568,7 +1580,7 @@ def main(argv=None):
             bad = check(pairs)
             for (file, reason), count in Counter(bad).most_common(100):
                 print(f"{count:>7} in {file}: {reason}")
-            lists = [str(place) for source in pairs.sources if (place := made(source.path, ".skip"))]
+            lists = sorted({str(place) for source in pairs.sources if (place := made(source.path, ".skip"))})
             print(f"{len(bad):,} of {sum(map(len, pairs.sources)):,} pairs are bad" + bool(bad) * (
                 f"; others take their places from now on, until {', '.join(lists)} is deleted"))
         else:

@@ -432,6 +432,8 @@ def main():
     except KeyboardInterrupt:  # before the loop, which has its own way to stop
         sys.exit("train.py: interrupted before the first step")
     finally:
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()  # after an error the loader's are still there, and they ignore SIGTERM
         if dist.is_initialized():
             gc.collect()  # DDP holds the group; gloo's threads must end before the interpreter does, or they abort it
             dist.destroy_process_group()

@@ -935,6 +935,39 @@ def test_check_lists_what_is_bad_and_training_skips_it(tmp_path, run):
     assert "all of the 1 pairs of" in run("check", tmp_path / "2", rc=1) and not (tmp_path / "2/pairs.skip").exists()
 
 
+def test_check_keeps_what_it_knows_of_other_shards_and_forgets_what_is_mended(tmp_path, run):
+    for i in range(3):
+        write_shard(tmp_path / f"{i}.tar", [("x.jpg", b"x"), ("x.txt", b"x"), *members(range(3))])
+    assert "2 of 8 pairs are bad" in run("check", tmp_path / "0.tar", tmp_path / "1.tar")
+    assert "1 of 4 pairs are bad" in run("check", tmp_path / "2.tar")
+    pairs = pairs_of(tmp_path)
+    assert len(contents_of_good(pairs)) == 9 and sum(map(len, pairs.sources[0].skip.values())) == 3
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/0.jpg").write_bytes(jpeg())
+    table = write_table(tmp_path / "t", ".tsv", [("0.jpg", "a", ""), ("1.jpg", "b", "")])
+    assert "1 of 2 pairs are bad" in run("check", table) and len(contents_of_good(pairs_of(table))) == 1
+    (tmp_path / "t/1.jpg").write_bytes(jpeg())
+    assert "0 of 2 pairs are bad" in run("check", table) and len(contents(pairs_of(table))) == 2
+
+
+def test_a_long_skip_list_is_no_reason_to_stop(tmp_path, run):
+    write_shard(tmp_path / "0.tar", [*members([0]), *[m for i in range(40) for m in ((f"x{i}.jpg", b"x"),
+                                                                                    (f"x{i}.txt", b"x"))]])
+    run("check", tmp_path)
+    samples = samples_of(pairs_of(tmp_path), ("images", "text"))
+    assert all(samples[0, i]["caption"] == "text 0" and samples[0, i]["bad"] == [] for i in range(41))
+
+
+def test_folders_that_are_links(tmp_path):
+    (tmp_path / "far/notes").mkdir(parents=True)
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/annotations").symlink_to(tmp_path / "far/notes")
+    (tmp_path / "coco/images").mkdir()
+    (tmp_path / "coco/images/0.jpg").write_bytes(jpeg())
+    write_table(tmp_path / "coco/annotations", ".tsv", [("0.jpg", "a", "")])
+    assert len(contents(pairs_of(tmp_path / "coco/annotations/table.tsv"))) == 1
+
+
 def test_names_with_tabs_and_odd_bytes(tmp_path, run):
     folder = tmp_path / "a\tb ünï\n"
     write_shard(folder / "x\ty.tar", [("x.jpg", b"x"), ("x.txt", b"x"), *members(range(2))])

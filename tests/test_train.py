@@ -230,6 +230,26 @@ def test_bad_pairs_are_counted_in_the_log(tmp_path):
     assert len(named) == 1 and "00000.tar at byte" in named[0]
 
 
+@pytest.mark.parametrize("what", ["an error", "a killed worker"])
+def test_a_run_ends_when_its_workers_do(tmp_path, what):
+    """What a loader's worker raises, or its death, must not leave a process that waits for ever."""
+    data._draw_shard(tmp_path, 0, 64, 0)
+    if what == "an error":
+        content = bytearray((tmp_path / "00000.tar").read_bytes())
+        for row in data.Pairs([str(tmp_path)]).sources[0].rows:
+            content[row["image"]:row["image"] + 30] = bytes(30)
+        (tmp_path / "00000.tar").write_bytes(content)
+    run = start(["train.py"], "--data", tmp_path, "--out", tmp_path / "run", "--workers", 2, "--batch-size", 8,
+                "--epochs", 500, "--vocab-size", 600)
+    if what == "a killed worker":
+        while not (tmp_path / "run/log.jsonl").is_file() or not lines(tmp_path / "run"):
+            time.sleep(0.1)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and ("20 bad pairs in a row" if what == "an error" else "killed by signal") in error
+
+
 def test_too_many_bad_pairs_stop_the_run_and_check_lets_it_go_on(tmp_path):
     """A third of 90 pairs is spoilt: the run ends with the way out, and `data.py check` is it."""
     data._draw_shard(tmp_path, 0, 90, 0)
