@@ -43,7 +43,7 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, write_atomically
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -841,10 +841,14 @@ class _Plain(pickle.Unpickler):
     """Lists, tuples, dicts, strings, numbers, and numpy's arrays of such: nothing in the file can name a function."""
 
     class Array:
+        """Stands for numpy's array: keeps the items that its state holds."""
+
         def __setstate__(self, state):
             self.items = state[-1]
 
     class Type(Array):
+        """Stands for numpy's dtype: keeps its code."""
+
         def __init__(self, code, *_):
             self.code = code
 
@@ -1177,9 +1181,9 @@ class Samples(torch.utils.data.Dataset):
                     skipped += 1
                 else:
                     bad.append(f"{self.pairs.name(epoch, index)}: {error}")
-                if len(bad) == 20 or skipped == 1000:
-                    raise ValueError("20 bad pairs in a row, the data is damaged: "
-                                     + ("; ".join(bad[:3]) or "all are on the skip list")) from error
+                if len(bad) == 20 or skipped == 1000:  # our choice
+                    raise ValueError(f"{len(bad)} bad pairs in a row and {skipped} on the skip list, the data is "
+                                     f"damaged: {'; '.join(bad[:3])}") from error
                 index = int(rng.integers(len(self.pairs)))
 
     def sample(self, epoch, index, rng):
@@ -1358,11 +1362,9 @@ def pack(pairs, out, size=0, shard_size=10_000):
     for part in out.glob("*.partial-*"):  # of a run that was killed
         part.unlink()
     numbers = [i for i in range(math.ceil(len(pairs) / shard_size)) if not (out / f"{i:05d}.tar").is_file()]
-    for done in (False, True):
-        with making(stamp_file) as file:
-            file.write(json.dumps(dict(stamp, done=done)).encode())
-        if not done:
-            bad = in_parallel(partial(_pack_shard, pairs, out, size, shard_size), numbers, f"packing into {out}")
+    write_atomically(stamp_file, json.dumps(dict(stamp, done=False)).encode())
+    bad = in_parallel(partial(_pack_shard, pairs, out, size, shard_size), numbers, f"packing into {out}")
+    write_atomically(stamp_file, json.dumps(dict(stamp, done=True)).encode())
     return sum(bad, [])
 
 
@@ -1405,14 +1407,13 @@ def check(pairs):
         if len(bad) == len(source):
             raise ValueError(f"all of the {len(bad):,} pairs of {source} are bad, the first for this reason: "
                              f"{bad[0][2]}; no skip list is written")
-        names, stamps, old = list(source.stamps()), list(source.stamps().values()), made(source.path, ".skip")
+        (names, stamps), old = zip(*source.stamps().items()), made(source.path, ".skip")
         mine = set(np.array(names, object)[source.mine])  # of other shards of the folder the list keeps what it says
         lines = old.read_text("utf-8").splitlines() if old else []
         lines = [line for line in lines if json.loads(line)[0] not in mine]
         lines += [json.dumps([names[number], *stamps[number], offset, reason]) for number, offset, reason in bad]
         if lines or old:
-            with making(to_make(source.path, ".skip")) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
+            write_atomically(to_make(source.path, ".skip"), "".join(f"{line}\n" for line in lines).encode())
         found += [(source.file_name(number), reason) for number, _, reason in bad]
     return found
 
@@ -1433,10 +1434,9 @@ def show(pairs, out, count=24, size=224, crop_min=0.5, seed=0):
     sheet = Image.new("RGB", (columns * (size + 8), math.ceil(count / columns) * (size + 5 * line)), "white")
     pen, rng = ImageDraw.Draw(sheet), np.random.default_rng(seed)
     for k in range(count):
-        epoch, index = 0, int(rng.integers(len(pairs)))
         x, y = k % columns * (size + 8) + 4, k // columns * (size + 5 * line) + 4
         try:
-            content, captions = pairs[epoch, index]
+            content, captions = pairs[0, int(rng.integers(len(pairs)))]
             image = decode(content)
             caption = captions[int(rng.integers(len(captions)))]
             sheet.paste(crop(image, crop_box(*image.size, (crop_min, 1.0), rng), size), (x, y))
