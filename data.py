@@ -769,7 +769,7 @@ class Table(Source):
 def _records(file, suffix):
     """The records of a table, as bytes; those of CSV may hold line ends in quotes.  Raises ValueError."""
     if suffix != ".csv":
-        yield from file
+        yield from iter(file.readline, b"")  # "yield from file" would close the file with this generator
         return
     taken = []
 
@@ -1106,8 +1106,14 @@ def center_crop(image, size, resample=Image.BICUBIC):
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """uint8 pixels (..., H, W, 3) on any device -> float32 (..., 3, H, W)."""
-    mean, std = (torch.tensor(x, device=images.device) * 255 for x in (mean, std))
+    mean, std = _channels(mean, images.device), _channels(std, images.device)
     return ((images - mean) / std).movedim(-1, -3).contiguous()
+
+
+@lru_cache
+def _channels(values, device):
+    """Shares of 255 as a tensor, made once: to put one on a GPU is to wait for it."""
+    return torch.tensor(values, device=device) * 255
 
 
 # ---------------------------------------------------------------- masks: True = hidden from the student

@@ -401,6 +401,15 @@ def test_tables_are_read_in_place(tmp_path, suffix):
         pairs[0, 1]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_table_of_many_records(tmp_path, suffix):
+    """More than the hundred whose pictures are looked for first."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.jpg").write_bytes(jpeg((10, 30)))
+    path = write_table(tmp_path, suffix, [("0.jpg", f"title {i}", "") for i in range(150)])
+    assert contents(pairs_of(path)) == [(0, [f"title {i}"]) for i in range(150)]
+
+
 def test_tables_that_are_wrong_are_one_sentence(tmp_path):
     (tmp_path / "0.jpg").write_bytes(jpeg())
     (tmp_path / "table.TXT").write_text("image\tcaption\n")
