@@ -40,7 +40,7 @@ def _own_rows(x):
     return torch.arange(len(x), device=x.device) + rank * len(x)
 
 
-def _all_sum(x):
+def all_sum(x):
     """The sum of a small tensor over all ranks, without gradient."""
     x = x.detach().clone()
     if _world() > 1:
@@ -48,12 +48,14 @@ def _all_sum(x):
     return x
 
 
-def _global_mean(values, weight):
+def _global_mean(values, weight, total=None):
     """The weighted mean over all ranks' values, up to a factor W that DDP's averaging takes away again.
 
-    values, weight of one shape.  Where no rank has any weight the mean is 0.
+    values, weight of one shape.  total (): the sum of all weights, where these values are a part of a rank's; what the
+    parts give then adds up to that mean.  Where nothing has any weight the mean is 0.
     """
-    return (values * weight).sum() * _world() / _all_sum(weight.sum()).clamp(min=1e-9)
+    total = all_sum(weight.sum()) if total is None else total
+    return (values * weight).sum() * _world() / total.clamp(min=1e-9)
 
 
 def contrastive_loss(image_features, text_features, scale):
@@ -67,6 +69,13 @@ def contrastive_loss(image_features, text_features, scale):
             F.cross_entropy(scale * e_t @ gather(e_i).T, target))
 
 
+@torch.no_grad()
+def contrastive_accuracy(image, text):
+    """Share of this rank's pictures to which, of all ranks' texts, their own is nearest.  (B, E), (B, E) -> ()"""
+    e_i, e_t = F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
+    return ((e_i @ gather(e_t).T).argmax(1) == _own_rows(e_i)).float().mean()
+
+
 def simclr_loss(z1, z2, temperature=0.1):
     """L = mean over the 2B views of -log softmax over all OTHER views of (z . z' / t), at its partner  (SimCLR, SLIP)
 
@@ -75,7 +84,7 @@ def simclr_loss(z1, z2, temperature=0.1):
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
     all1, all2 = gather(z1), gather(z2)
     own = _own_rows(z1)
-    itself = F.one_hot(own, len(all1)).bool()
+    itself = own[:, None] == torch.arange(len(all1), device=own.device)                            # (B, W * B)
 
     def half(a, same, other):
         logits = torch.cat([a @ other.T, (a @ same.T).masked_fill(itself, float("-inf"))], 1)   # (B, 2 * W * B)
@@ -89,43 +98,45 @@ def patchify(images, patch_size):
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def pixel_loss(prediction, images, mask, patch_size, normalize=True):
+def pixel_loss(prediction, images, mask, patch_size, normalize=True, total=None):
     """L = mean over hidden patches of the mean squared error of their pixels  (MAE)
 
     prediction (B, N, p*p*3), images (B, 3, H, W), mask (B, N) bool, True = hidden -> ()
-    normalize: each target patch to mean 0 and variance 1 first (MAE's norm_pix_loss).
+    normalize: each target patch to mean 0 and variance 1 first (MAE's norm_pix_loss).  total (), here and below:
+    the number of hidden patches, or rows, of the whole global batch, where this call holds a part of a rank's.
     """
     target = patchify(images.float(), patch_size)
     if normalize:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()  # MAE's 1e-6
     error = (prediction.float() - target).square().mean(-1)     # (B, N)
-    return _global_mean(error, mask.to(error.dtype))
+    return _global_mean(error, mask.to(error.dtype), total)
 
 
-def distillation_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_temp=0.04):
+def distillation_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_temp=0.04, total=None):
     """L_Dist = -1/|M| sum_{k in M} softmax(h-bar(f-bar_k))^T log softmax(h(g_k))  (paper, eq. 3; temperatures: iBOT)
 
     student_logits, teacher_logits (R, K) of the hidden patches, center (K,) -> (); no gradient reaches the teacher
     """
     target = ((teacher_logits.detach().float() - center) / teacher_temp).softmax(-1)
     rows = -(target * (student_logits.float() / student_temp).log_softmax(-1)).sum(-1)   # (R,)
-    return _global_mean(rows, torch.ones_like(rows))
+    return _global_mean(rows, torch.ones_like(rows), total)
 
 
 @torch.no_grad()
 def update_center(center, teacher_logits, momentum=0.9):
     """center = momentum * center + (1 - momentum) * mean of the teacher's logits over the rows of ALL ranks  (DINO)
 
-    center (K,) is changed in place; teacher_logits (R, K).
+    center (K,) is changed in place; teacher_logits (R, K), or their means over R parts of equal size.  A mean that is
+    not finite is left out: it would stay in the center for ever.
     """
-    total, rows = _all_sum(teacher_logits.float().sum(0)), _all_sum(center.new_tensor(len(teacher_logits)))
-    center.lerp_(total / rows, 1 - momentum)
+    mean = all_sum(teacher_logits.float().sum(0)) / all_sum(torch.full_like(center[0], len(teacher_logits)))
+    center.lerp_(torch.where(mean.isfinite(), mean, center), 1 - momentum)
 
 
-def mlm_loss(logits, targets):
+def mlm_loss(logits, targets, total=None):
     """L_MLM = mean over all masked tokens of -log softmax(logits)[target]  (BERT)
 
     logits (R, V), targets (R,) -> ()
     """
     rows = F.cross_entropy(logits.float(), targets, reduction="none")   # (R,)
-    return _global_mean(rows, torch.ones_like(rows))
+    return _global_mean(rows, torch.ones_like(rows), total)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm transformer block."""
+    recompute = False  # activation checkpointing: keep the input alone, compute the rest again in the backward pass
 
     def __init__(self, width, heads, eps=1e-5, quick_gelu=False):
         super().__init__()
@@ -107,6 +109,12 @@ class Block(nn.Module):
 
     def forward(self, x, causal=False, key_mask=None):
         """x (B, L, D) -> (B, L, D)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.inner, x, causal, key_mask, use_reentrant=False, preserve_rng_state=False)
+        return self.inner(x, causal, key_mask)
+
+    def inner(self, x, causal, key_mask):
+        """What forward does."""
         x = x + self.attn(self.norm1(x), causal, key_mask)
         return x + self.mlp(self.norm2(x))
 
@@ -270,16 +278,33 @@ def ssl_head(c):
 
 
 # ---------------------------------------------------------------- the six methods
-# forward(batch) takes a dict of tensors (data.Samples.collate, pixels normalised; `needs` names what it reads) and
-# returns a dict of tensors; losses are train.py's business.
+# A batch is a dict of tensors (data.Samples.collate, pixels normalised; `needs` names what it reads), and so is what
+# forward returns; losses are train.py's business.  forward has three parts, so that a batch that does not fit can be
+# taken in pieces (train.Step): `features` and `masked` treat each pair by itself, `across` all pairs together.
 
 class VisionModel(nn.Module):
-    """What all methods share: an image tower."""
+    """What all methods share: an image tower, and a forward pass in three parts."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.visual = ViT(config)
+
+    def features(self, batch):
+        """What a loss compares between pairs: {name: (B, ...)}."""
+        return {}
+
+    def across(self, features):
+        """The features of ALL pairs of this rank -> what those losses read."""
+        return features
+
+    def masked(self, batch):
+        """What the method's masked passes predict."""
+        return {}
+
+    def forward(self, batch):
+        """All that the losses read."""
+        return self.across(self.features(batch)) | self.masked(batch)
 
 
 class CLIP(VisionModel):
@@ -311,10 +336,13 @@ class CLIP(VisionModel):
         """
         return F.normalize(self.image_projection(self.visual.patch_views(images)), dim=-1).mean(1)
 
-    def forward(self, batch):
-        """-> image (B, E), text (B, E), scale ()."""
-        return dict(image=self.encode_image(batch["images"]), text=self.encode_text(batch["tokens"]),
-                    scale=self.logit_scale.exp())
+    def features(self, batch):
+        """-> image (B, E), text (B, E)."""
+        return dict(image=self.encode_image(batch["images"]), text=self.encode_text(batch["tokens"]))
+
+    def across(self, features):
+        """-> image, text, and scale ()."""
+        return dict(image=features["image"], text=features["text"], scale=self.logit_scale.exp())
 
 
 class SLIP(CLIP):
@@ -325,9 +353,13 @@ class SLIP(CLIP):
         super().__init__(config)
         self.ssl_head = ssl_head(config)
 
-    def forward(self, batch):
+    def features(self, batch):
+        """CLIP's, and view1, view2 (B, D)."""
+        return super().features(batch) | two_views(self, batch)
+
+    def across(self, features):
         """CLIP's, and z1, z2 (B, 256)."""
-        return super().forward(batch) | two_views(self, batch)
+        return super().across(features) | compared_views(self, features)
 
 
 class SimCLR(VisionModel):
@@ -338,14 +370,23 @@ class SimCLR(VisionModel):
         super().__init__(config)
         self.ssl_head = ssl_head(config)
 
-    def forward(self, batch):
-        """-> z1, z2 (B, 256)."""
+    def features(self, batch):
+        """-> view1, view2 (B, D)."""
         return two_views(self, batch)
+
+    def across(self, features):
+        """-> z1, z2 (B, 256)."""
+        return compared_views(self, features)
 
 
 def two_views(model, batch):
-    """Each view has batch statistics of its own, as in SLIP.  views (B, 2, 3, H, W) -> z1, z2 (B, 256)"""
-    return {f"z{i + 1}": model.ssl_head(model.visual(batch["views"][:, i])[:, 0]) for i in range(2)}
+    """views (B, 2, 3, H, W) -> view1, view2 (B, D), their class tokens"""
+    return {f"view{i + 1}": model.visual(batch["views"][:, i])[:, 0] for i in range(2)}
+
+
+def compared_views(model, features):
+    """view1, view2 (B, D) -> z1, z2 (B, 256).  Each view has batch statistics of its own, as in SLIP."""
+    return dict(z1=model.ssl_head(features["view1"]), z2=model.ssl_head(features["view2"]))
 
 
 class CLIPMAE(CLIP):
@@ -357,9 +398,9 @@ class CLIPMAE(CLIP):
         self.image_decoder = ImageDecoder(config)
         self.pixel_head = nn.Linear(config.width, 3 * config.patch_size ** 2)
 
-    def forward(self, batch):
-        """CLIP's, and pixels (B, N, p*p*3), zero at the visible patches."""
-        return super().forward(batch) | hidden_pixels(self, batch)
+    def masked(self, batch):
+        """-> pixels (B, N, p*p*3), zero at the visible patches."""
+        return hidden_pixels(self, batch)
 
 
 class MAE(VisionModel):
@@ -371,7 +412,7 @@ class MAE(VisionModel):
         self.image_decoder = ImageDecoder(config, config.mae_decoder_depth)
         self.pixel_head = nn.Linear(config.width, 3 * config.patch_size ** 2)
 
-    def forward(self, batch):
+    def masked(self, batch):
         """-> pixels (B, N, p*p*3), zero at the visible patches."""
         return hidden_pixels(self, batch)
 
@@ -386,7 +427,10 @@ def hidden_pixels(model, batch):
 
 
 class MaskCLIP(CLIP):
-    """CLIP, masked self-distillation of the image and masked language modelling of the caption (paper)."""
+    """CLIP, masked self-distillation of the image and masked language modelling of the caption (paper).
+
+    CLIP's part sees the full image and the full text.
+    """
     needs = (*CLIP.needs, "mask", "mlm")
 
     def __init__(self, config):
@@ -396,18 +440,17 @@ class MaskCLIP(CLIP):
         self.text_decoder = TextDecoder(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, batch):
-        """CLIP's, and student_logits (B, M, K) of the hidden patches, mlm_logits (R, V) of the masked tokens."""
-        out = super().forward(batch)                                                   # full image, full text
+    def masked(self, batch):
+        """-> student_logits (B, M, K) of the hidden patches, mlm_logits (R, V) of the masked tokens."""
         f = self.visual(batch["images"], batch["ids_keep"])                            # (B, 1 + V, D)
         g = self.image_decoder(f, batch["ids_keep"], batch["ids_hide"])                # (B, M, D)
-        out["student_logits"] = self.codewords(g)                                      # (B, M, K)
+        student_logits = self.codewords(g)                                             # (B, M, K)
 
         masked = batch["mlm_tokens"]                                                   # (B, L)
         key_mask = (masked == self.eot).cumsum(1) - (masked == self.eot).int() == 0    # (B, L) up to the first end
         x = self.text_decoder(self.text(masked), key_mask, batch["mlm_ids"])           # (R, D)
-        out["mlm_logits"] = F.linear(x, self.text.token_embedding.weight, self.vocabulary_bias)   # (R, V)
-        return out
+        mlm_logits = F.linear(x, self.text.token_embedding.weight, self.vocabulary_bias)          # (R, V)
+        return dict(student_logits=student_logits, mlm_logits=mlm_logits)
 
 
 class Teacher(nn.Module):

@@ -85,6 +85,38 @@ def test_center_is_the_running_mean():
     assert center.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_mean_that_is_not_finite_does_not_reach_the_center():
+    center, logits = rows(5), rows(6, 5, seed=1)
+    before, expected = center.clone(), center.clone()
+    losses.update_center(expected, logits)
+    logits[2, 3] = math.inf
+    losses.update_center(center, logits)
+    assert center[3] == before[3] and torch.equal(center[:3], expected[:3])
+
+
+def test_accuracy_counts_the_pictures_whose_own_text_is_nearest():
+    image = rows(6, 4, seed=6)
+    text = 5 * (image + rows(6, 4, seed=56))  # longer, and near in angle for some
+    hits = sum(max(range(6), key=lambda j: cosine(image[i], text[j])) == i for i in range(6))
+    assert hits == 4 and losses.contrastive_accuracy(image, text).item() == pytest.approx(4 / 6)
+    assert losses.contrastive_accuracy(text, image).item() == pytest.approx(2 / 6)  # the other way is another number
+
+
+
+def test_parts_of_a_loss_add_up_to_the_whole():
+    """With `total`, the masked losses of two uneven parts sum to that of both."""
+    a, b, center, targets = rows(5, 6), rows(5, 6, seed=1), rows(6, seed=2), torch.tensor([0, 5, 2, 2, 1])
+    images, mask = rows(5, 3, 2, 2, seed=3), torch.tensor([1, 1, 0, 1, 0]).bool()[:, None]
+    prediction = rows(5, 1, 12, seed=4)
+    of = dict(distill=lambda s, **how: losses.distillation_loss(a[s], b[s], center, **how),
+              mlm=lambda s, **how: losses.mlm_loss(a[s], targets[s], **how),
+              pixel=lambda s, **how: losses.pixel_loss(prediction[s], images[s], mask[s], 2, **how))
+    for name, loss in of.items():
+        total = torch.tensor(3.0 if name == "pixel" else 5.0)
+        parts = loss(slice(0, 2), total=total) + loss(slice(2, 5), total=total)
+        assert parts.item() == pytest.approx(loss(slice(0, 5)).item(), rel=1e-5), name
+
+
 def test_mlm_loss_equals_a_loop_and_no_masked_token_is_no_loss():
     logits, targets = rows(4, 6), torch.tensor([0, 5, 2, 2])
     expected = sum(-math.log(math.exp(logits[r, targets[r]]) / sum(math.exp(logits[r, v]) for v in range(6)))

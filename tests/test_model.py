@@ -48,6 +48,14 @@ def test_every_method_runs_and_every_parameter_gets_a_gradient(method):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_each_view_has_its_own_z():
+    model, batch = build(replace(SMALL, method="simclr")), batch_of(SMALL)
+    out = model(batch)
+    for name, view in (("z1", batch["views"][:, 0]), ("z2", batch["views"][:, 1])):
+        assert torch.allclose(out[name], model.ssl_head(model.visual(view)[:, 0]), atol=1e-5)
+    assert not torch.allclose(out["z1"], out["z2"], atol=0.1)
+
+
 def test_unknown_method_and_patch_size_are_refused():
     with pytest.raises(ValueError, match="unknown method 'clop'"):
         build(replace(SMALL, method="clop"))
