@@ -8,20 +8,25 @@ Zhou et al. 2022 (dense scores without training).  The newest checkpoint under r
     python evaluate.py --heatmap picture.png "a red star above a blue circle"
 """
 import argparse
+import json
 import os
 import pickle
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
 import model as models
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, write_atomically
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP
 
 # ---------------------------------------------------------------- loading
 
@@ -36,14 +41,83 @@ def newest_checkpoint(runs="runs"):
 
 def read_checkpoint(path):
     """A checkpoint of train.py as a dict, without running any code in it.  Raises FileNotFoundError or ValueError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged "
-                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
-    if not isinstance(state, dict) or "model_config" not in state:
+    state = _load(path)
+    if "model_config" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'model_config'")
     return state
+
+
+# What torch.load has been seen to raise on files that are spoilt or of another kind.
+DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError,
+           AssertionError, OverflowError, struct.error, OSError)
+
+
+def _load(path):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.filename:  # not there, no file, not ours to read
+            raise
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path} is a program (TorchScript, as OpenAI's downloads are), which is not run here: if "
+                             "you trust it, torch.save(torch.jit.load(PATH).state_dict(), NEW) and give NEW") from error
+        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged "
+                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
+    return state if isinstance(state, dict) else {}
+
+
+def read_weights(path):
+    """Weights to start from (train.py --init), in our names.  No code in the file is run.
+
+    -> {"model": {name: tensor}, "changes": {field of ModelConfig: value}}, and for our own checkpoints "tokenizer".
+    Known: our checkpoints; OpenAI's CLIP and open_clip's ViTs, whose normalisation of pixels is folded into the patch
+    embedding; timm's and MAE's ViTs, without their heads.  Raises FileNotFoundError, or ValueError for anything else.
+    """
+    state = _load(path)
+    if {"model_config", "model", "tokenizer"} <= state.keys():
+        own = {name: state["model_config"][name] for name in ("quick_gelu", "pre_norm", "patch_bias", "image_norm_eps")}
+        return dict(model=state["model"], changes=own, tokenizer=state["tokenizer"])
+    for key in ("state_dict", "model"):  # training scripts put it there
+        state = state[key] if isinstance(state.get(key), dict) else state
+    state = {str(name).removeprefix("module."): x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    if {"visual.conv1.weight", "visual.class_embedding", "visual.proj", "text_projection", "ln_final.weight",
+            "token_embedding.weight"} <= state.keys():
+        openai = "input_resolution" in state  # these have QuickGELU; of open_clip's, few have
+        return dict(model=_from_clip(state), changes=dict(pre_norm=True, image_norm_eps=1e-5, quick_gelu=(openai,) * 2))
+    if "blocks.0.attn.qkv.weight" in state and "patch_embed.proj.weight" in state:
+        heads = ("head.", "fc_norm.", "decoder", "mask_token")
+        return dict(model={f"visual.{name}": x for name, x in state.items() if not name.startswith(heads)}, changes={})
+    raise ValueError(f"{path} holds no weights that are known here: our checkpoints, OpenAI CLIP's, open_clip's, "
+                     f"timm's or MAE's ViTs; its first keys are {', '.join(list(map(str, state))[:4])}")
+
+
+def _from_clip(state):
+    """OpenAI's names -> ours.  Their pixels are ours * a + b: a goes into the patch embedding, b into its bias."""
+    ours = {}
+    for name, x in state.items():
+        for old, new in (("transformer.resblocks", "blocks"), ("ln_1", "norm1"), ("ln_2", "norm2"), ("c_fc", "fc1"),
+                         ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("ln_pre", "norm_pre"),
+                         ("ln_post", "norm"), ("positional_embedding", "pos_embed")):
+            name = name.replace(old, new)
+        ours[name] = x.float()
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    a = torch.tensor(data.IMAGENET_STD) / std
+    b = (torch.tensor(data.IMAGENET_MEAN) - mean) / std
+    conv = ours.pop("visual.conv1.weight")
+    # a row for [MASK], and the names that hold a part of ours
+    ours |= {"visual.patch_embed.proj.weight": conv * a[:, None, None],
+             "visual.patch_embed.proj.bias": (conv * b[:, None, None]).sum((1, 2, 3)),
+             "visual.cls_token": ours.pop("visual.class_embedding")[None, None],
+             "visual.pos_embed": ours["visual.pos_embed"][None],
+             "image_projection.weight": ours.pop("visual.proj").T,
+             "text_projection.weight": ours.pop("text_projection").T}
+    for name in [name for name in ours if name.startswith(("blocks.", "pos_embed", "token_embedding"))]:
+        ours["text." + name] = ours.pop(name)
+    words = ours["text.token_embedding.weight"]
+    ours["text.token_embedding.weight"] = torch.cat([words, words.new_zeros(1, words.size(1))])
+    ours |= {f"text.norm.{kind}": ours.pop(f"ln_final.{kind}") for kind in ("weight", "bias")}
+    return {name: x for name, x in ours.items() if name not in ("input_resolution", "context_length", "vocab_size",
+                                                               "attn_mask")}
 
 
 def load_model(path):
@@ -90,28 +164,53 @@ class _Pictures(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(data.center_crop(image, self.size)))
 
 
+def shared_out(encode, items):
+    """encode(items) -> (n, ...) on the CPU, each rank doing its part: every item once, none added to even parts out."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return encode(items)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine, error, parts = items[rank::world], None, [None] * world
+    try:
+        mine = encode(mine) if mine else None
+    except (OSError, ValueError) as failed:  # told to all ranks, or the others would wait for this one
+        mine, error = None, str(failed)
+    dist.all_gather_object(parts, (mine, error))
+    for _, error in parts:
+        if error:
+            raise ValueError(error)
+    parts = [part for part, _ in parts]
+    rows = parts[0].new_empty(len(items), *parts[0].shape[1:])
+    for other in range(min(world, len(items))):
+        rows[other::world] = parts[other]
+    return rows
+
+
 @torch.no_grad()
 def encode_pictures(encode, paths, model, batch_size=256):
     """encode(pixels (B, 3, H, W) normalised) over picture files, in order.  -> float32 on the CPU (n, ...)"""
-    pictures = _Pictures(paths, model.config.image_size)
-    workers = min(8, os.cpu_count() or 1, len(paths) // 2000)  # a small set is done before a worker has started
-    loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=workers)
-    device = _device(model)
-    bar = tqdm(loader, "pictures", disable=None, leave=False)
-    return torch.cat([encode(data.normalize(batch.to(device))).float().cpu() for batch in bar])
+    def encoded(paths):
+        pictures = _Pictures(paths, model.config.image_size)
+        workers = min(8, os.cpu_count() or 1, len(paths) // 2000)  # a small set is done before a worker has started
+        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=workers)
+        # one bar, on a terminal; train.py and torchrun may have many ranks
+        bar = tqdm(loader, "pictures", disable=None if os.environ.get("RANK", "0") == "0" else True, leave=False)
+        return torch.cat([encode(data.normalize(batch.to(_device(model)))).float().cpu() for batch in bar])
+    return shared_out(encoded, paths)
 
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts, batch_size=512):
     """Unit text features (n, E) on the CPU.  Batches hold texts of like length, so little is padding."""
-    tokens = [tokenizer(text, model.config.context_length)[0] for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-    out = torch.empty(len(texts), model.config.embed_dim)
-    for start in range(0, len(order), batch_size):
-        part = order[start:start + batch_size]
-        rows = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
-        out[part] = F.normalize(model.encode_text(rows.to(_device(model))).float(), dim=1).cpu()
-    return out
+    def encoded(texts):
+        tokens = [tokenizer(text, model.config.context_length)[0] for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+        out = torch.empty(len(texts), model.config.embed_dim)
+        for start in range(0, len(order), batch_size):
+            part = order[start:start + batch_size]
+            rows = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
+            out[part] = F.normalize(model.encode_text(rows.to(_device(model))).float(), dim=1).cpu()
+        return out
+    return shared_out(encoded, texts)
 
 
 def zeroshot_classifier(model, tokenizer, classnames, templates):
@@ -356,6 +455,64 @@ def _sheet(panels, title, columns=7, gap=8):
     sheet.paste(_coloured(np.tile(np.linspace(0, 1, 160), (14, 1))), (220, y + 3))
     pen.text((390, y), "highest", "black", small)
     return sheet
+
+
+# name of a panel -> the values of log.jsonl in it
+PANELS = {
+    "contrastive loss": ("image", "text"), "masked and self-supervised losses": ("distill", "mlm", "pixel", "simclr"),
+    "accuracy in the batch": ("accuracy",), "score while training": ("zeroshot", "linear"),
+    "scale 1 / sigma": ("scale",), "learning rate": ("lr",), "teacher's momentum": ("ema",),
+    "norm of the gradient": ("grad_norm",), "pictures/s": ("pictures_per_s",),
+    "share of time waiting for data": ("data_wait",),
+}
+OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes too
+
+
+def curves(log, path, width=460, height=190):
+    """Draw the curves of a log.jsonl over the steps as an SVG: two panels in a row, for a browser or a README."""
+    records = [json.loads(line) for line in Path(log).read_text("utf-8").splitlines()]
+    drawn = []
+    for title, names in PANELS.items():
+        lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in names}
+        lines = {name: points for name, points in lines.items() if points}
+        if lines:
+            x, y = len(drawn) % 2 * width, len(drawn) // 2 * height
+            drawn.append(f'<g transform="translate({x} {y})">{_panel(title, lines, width, height)}</g>')
+    size = 2 * width, -(-len(drawn) // 2) * height
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" '
+            f'height="{size[1]}" font-family="sans-serif" font-size="12">')
+    lines = [head, '<rect width="100%" height="100%" fill="white"/>', *drawn, "</svg>\n"]
+    write_atomically(Path(path), "\n".join(lines).encode())
+
+
+def _panel(title, lines, width, height, left=72, top=28, right=14, bottom=26):
+    """One panel of `curves`: title and names, values at the axes, and a line for each of {name: [(step, value)]}."""
+    xs, ys = zip(*(point for points in lines.values() for point in points))
+    low, high = min(ys), max(ys)
+    if low == high:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+
+    def place(step, value):
+        return (left + (width - left - right) * (step - min(xs)) / max(1, max(xs) - min(xs)),
+                height - bottom - (height - top - bottom) * (value - low) / (high - low))
+    out = [f'<text x="{left}" y="18" font-weight="bold" fill="#222">{title}</text>']
+    for value in (low, (low + high) / 2, high):
+        y = place(min(xs), value)[1]
+        out.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#ddd"/>'
+                   f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:.3g}</text>')
+    for step, anchor in ((min(xs), "start"), (max(xs), "end")):
+        out.append(f'<text x="{place(step, low)[0]:.1f}" y="{height - 8}" text-anchor="{anchor}" fill="#555">'
+                   f'step {step:,}</text>')
+    end = width - right
+    for name, colour in reversed(list(zip(lines, OKABE_ITO))):
+        points = lines[name][::max(1, len(lines[name]) // 1000)]  # more than the panel has pixels
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        dot = '<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*place(*points[-1]), colour)
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>{dot}')
+        if len(lines) > 1:
+            out.append(f'<text x="{end}" y="18" text-anchor="end" fill="{colour}">{name}</text>')
+            end -= 8 * len(name) + 10
+    return "".join(out)
 
 
 # ---------------------------------------------------------------- the command line

@@ -1,6 +1,8 @@
 """Metrics against naive loops and scikit-learn, evaluations on sets whose answer is known, loading, the word map."""
 import json
 import pickle
+import socket
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,3 +225,38 @@ def test_find_says_where_it_looked(tmp_path):
         evaluate.find("flickr30k", tmp_path, "val")
     (tmp_path / "mine").mkdir()
     assert evaluate.find(str(tmp_path / "mine"), "nowhere", "val") == tmp_path / "mine"
+
+
+def encode_items(calls, items):
+    calls.append(items)
+    if "bad" in items:
+        raise ValueError("cannot read bad")
+    return torch.tensor([[item, -item] for item in items])
+
+
+def encode_on(rank, port, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    for count in (7, 2):
+        calls = []
+        rows = evaluate.shared_out(partial(encode_items, calls), list(range(count)))
+        queue.put((count, rank, sum(calls, []), rows.tolist()))
+    try:
+        evaluate.shared_out(partial(encode_items, []), [1, "bad", 3])
+    except ValueError as error:
+        queue.put(("bad", rank, [], str(error)))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_a_set_without_padding():
+    """7 and 2 items on three ranks: each encoded once, all rows in order everywhere."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    context = torch.multiprocessing.spawn(encode_on, (port, queue), nprocs=3, join=False)
+    got = [queue.get() for _ in range(9)]
+    context.join()
+    for count in (7, 2):
+        assert sorted(item for n, _, mine, _ in got for item in mine if n == count) == list(range(count))
+        assert all(rows == [[item, -item] for item in range(count)] for n, _, _, rows in got if n == count)
+    assert [said for n, _, _, said in got if n == "bad"] == ["cannot read bad"] * 3  # nobody waits for who could not
