@@ -7,18 +7,28 @@
 Ideas: nanoGPT (a plain loop, schedules as functions of the step), DINO (teacher outside DDP and the optimiser).
 """
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import gc
+import itertools
 import json
 import math
 import os
+import platform
 import re
+import resource
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
+import PIL
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -64,12 +74,21 @@ class TrainConfig:
     ema_start: float = flag(0.999, "the teacher's momentum at the first step ...")          # BootMAE
     ema_end: float = flag(0.9999, "... and at the last, linear between")                    # BootMAE
     seed: int = flag(0, "of weights, order, crops and masks")
-    precision: str = flag("auto", "fp32 or bf16 (autocast); auto: bf16 on CUDA")
+    grad_clip: float = flag(0.0, "largest norm of the gradient, 0: as it is")                # SLIP recipe: none
+    init: str = flag("", "start from these weights: ours, OpenAI CLIP's, open_clip's, a timm or MAE ViT's")
+    precision: str = flag("auto", "fp32, or autocast to bf16 or fp16 (loss scaled); auto: bf16 on CUDA")
+    micro_batch: int = flag(0, "pairs of a rank computed at a time, same result (GradCache); 0: what fits on the GPU")
+    grad_checkpointing: bool = flag(False, "keep each block's input alone: less memory, a third more time")
+    compile: bool = flag(False, "compile the transformer blocks: a minute at the start, faster steps on CUDA")
     workers: int = flag(-1, "loader processes per rank; -1: by the number of cores")
     log_every: int = flag(10, "steps between lines of log.jsonl")
+    eval_every: int = flag(0, "epochs between zero-shot evaluations (best.pt is the best), 0: at the end only")
     save_minutes: float = flag(20.0, "minutes between checkpoints, beside one per epoch")
+    keep: int = flag(2, "checkpoints of whole epochs that are kept, beside last.pt and best.pt")     # our choice
     resume: str = flag("", "checkpoint to go on from; else last.pt in --out, where there is one")
+    force: bool = flag(False, "go on from a checkpoint that was made with other settings or data")
     bad_limit: float = flag(0.01, "stop when more than this share of the pairs could not be used")  # our choice
+    timeout_minutes: float = flag(10.0, "minutes a rank waits for another before the run ends")     # PyTorch's for NCCL
     steps: int = flag(0, "stop after this global step, 0: at the end; the schedules stay those of --epochs")
 
 
@@ -90,14 +109,17 @@ METHOD_RECIPES = dict(
     mae=dict(lr=2.4e-3, weight_decay=0.05, beta2=0.95, crop_min=0.2),                       # MAE: 1.5e-4 a batch of 256
 )
 # Settings that do not change what is learned: they may differ when a run goes on.
-FREE = ("root", "out", "resume", "workers", "log_every", "save_minutes", "bad_limit", "steps")
+FREE = ("root", "out", "micro_batch", "grad_checkpointing", "compile", "workers", "log_every", "eval_every",
+        "save_minutes", "keep", "resume", "force", "bad_limit", "timeout_minutes", "steps")
+# Settings that a run keeps even with --force: they are in the shapes of its weights, or count its steps.
+FIXED = ("method", "model", "vocab_size", "init", "batch_size")
 
 
 def parse(argv=None):
     """The command line -> TrainConfig."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for f in dataclasses.fields(TrainConfig):
-        kind = dict(nargs="+") if f.type is list else dict(type=f.type)
+        kind = {list: dict(nargs="+"), bool: dict(action="store_true")}.get(f.type, dict(type=f.type))
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})")
     return resolve(vars(parser.parse_args(argv)))
@@ -114,11 +136,12 @@ def resolve(given):
     of_method = METHOD_RECIPES.get(given.get("method"), {}) if recipe != "demo" else {}
     config = TrainConfig(**{**RECIPES[recipe], **of_method, **given, "data": names})
     for what, allowed in dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"),
-                              precision=("auto", "fp32", "bf16")).items():
+                              precision=("auto", "fp32", "bf16", "fp16")).items():
         if getattr(config, what) not in allowed:
             raise ValueError(f"unknown --{what} '{getattr(config, what)}': one of {', '.join(allowed)}")
-    for low, high, those in ((1, math.inf, ("epochs", "batch_size", "log_every")), (0, math.inf, ("steps", "seed")),
-                              (0.01, 0.99, ("mask_ratio",)), (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",))):
+    for low, high, those in ((1, math.inf, ("epochs", "batch_size", "log_every")), (0.01, 0.99, ("mask_ratio",)),
+                              (0, math.inf, ("steps", "seed", "micro_batch", "grad_clip", "eval_every", "keep")),
+                              (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",)), (0.01, 1e5, ("timeout_minutes",))):
         for what in those:
             if not low <= getattr(config, what) <= high:
                 raise ValueError(f"--{what.replace('_', '-')} must be at least {low}"
@@ -126,6 +149,8 @@ def resolve(given):
     config.root = config.root or os.environ.get("MASKCLIP_DATA", "data")
     label = "+".join("-".join(Path(name).resolve().parts[-2:]) if os.sep in name else name for name in names)
     config.out = config.out or f"runs/{re.sub(r'[^-+.=0-9A-Z_a-z]+', '_', label)}-{config.method}"
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise ValueError(f"--out {config.out} is no folder")
     return config
 
 
@@ -145,25 +170,176 @@ def ema_momentum(step, config, per_epoch):
     return config.ema_start + (config.ema_end - config.ema_start) * min(1.0, step / (config.epochs * per_epoch))
 
 
-# ---------------------------------------------------------------- one step's loss
+# ---------------------------------------------------------------- one step's gradients
 
-def loss_terms(out, batch, teacher_logits, center, patch_size):
-    """The loss terms that a method's outputs call for.  -> {name: ()}, unweighted"""
+def joint_terms(out):
+    """The loss terms that compare pairs with one another.  -> {name: ()}, unweighted"""
     terms = {}
     if "image" in out:
         terms["image"], terms["text"] = losses.contrastive_loss(out["image"], out["text"], out["scale"])
     if "z1" in out:
         terms["simclr"] = losses.simclr_loss(out["z1"], out["z2"])
+    return terms
+
+
+def masked_terms(out, batch, teacher_logits, center, patch_size, totals):
+    """The loss terms of the masked passes, means over hidden patches and masked words.  -> {name: ()}, unweighted
+
+    totals: their numbers in the whole global batch, where `out` is of a part of a rank's share; else {}.
+    """
+    terms = {}
     if "pixels" in out:
         hidden = torch.zeros(out["pixels"].shape[:2], dtype=torch.bool, device=out["pixels"].device)
         hidden.scatter_(1, batch["ids_hide"], True)                                    # (B, N)
-        terms["pixel"] = losses.pixel_loss(out["pixels"], batch["images"], hidden, patch_size)
+        terms["pixel"] = losses.pixel_loss(out["pixels"], batch["images"], hidden, patch_size,
+                                           total=totals.get("hidden"))
     if "student_logits" in out:
-        terms["distill"] = losses.distillation_loss(out["student_logits"].flatten(0, 1), teacher_logits.flatten(0, 1),
-                                                    center)
+        terms["distill"] = losses.distillation_loss(out["student_logits"].flatten(0, 1), teacher_logits, center,
+                                                    total=totals.get("hidden"))
     if "mlm_logits" in out:
-        terms["mlm"] = losses.mlm_loss(out["mlm_logits"], batch["mlm_targets"])
+        terms["mlm"] = losses.mlm_loss(out["mlm_logits"], batch["mlm_targets"], totals.get("words"))
     return terms
+
+
+def split(batch, count):
+    """A batch in `count` parts of equal size, in order."""
+    if count == 1:
+        return [batch]
+    parts = [{} for _ in range(count)]
+    for name, x in batch.items():
+        if name not in ("mlm_ids", "mlm_targets"):
+            for part, piece in zip(parts, x.chunk(count)):
+                part[name] = piece
+    if "mlm_ids" in batch:  # places in the flattened (B, L), so each part counts from its own start
+        places = batch["tokens"].numel() // count
+        for i, part in enumerate(parts):
+            inside = batch["mlm_ids"] // places == i
+            part["mlm_ids"] = batch["mlm_ids"][inside] - i * places
+            part["mlm_targets"] = batch["mlm_targets"][inside]
+    return parts
+
+
+class Step:
+    """One step's forward and backward passes: `gradients` adds the gradients of its loss to .grad.
+
+    student: the model, or DistributedDataParallel around it; amp: autocast; loss: {name: ()} -> (), weighted, scaled.
+    """
+
+    def __init__(self, model, student, teacher, amp, loss):
+        self.model, self.student, self.teacher, self.amp, self.loss = model, student, teacher, amp, loss
+        self.center = teacher.center if teacher else None
+        self.device, self.patch_size = next(model.parameters()).device, model.config.patch_size
+
+    def ready(self, batch):
+        """What data.Samples.collate made -> on the device, pixels normalised."""
+        batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+        return batch | {name: data.normalize(batch[name]) for name in ("images", "views") if name in batch}
+
+    def targets(self, batch):
+        """The teacher's logits (B * M, K) and their mean (1, K); None, None without a teacher."""
+        if not self.teacher:
+            return None, None
+        logits = self.teacher(batch["images"], batch["ids_hide"]).flatten(0, 1)
+        return logits, logits.mean(0, keepdim=True, dtype=torch.float32)
+
+    def gradients(self, batch, count):
+        """-> loss terms {name: ()}, unweighted; image and text features, if any; teacher's mean logits (count, K)."""
+        terms, out, means = self.whole(batch) if count == 1 else self.in_parts(split(batch, count))
+        return ({name: term.detach() for name, term in terms.items()},
+                {name: out[name].detach() for name in ("image", "text") if name in out}, means)
+
+    def whole(self, batch):
+        """This rank's share in one piece."""
+        batch = self.ready(batch)
+        with self.amp:
+            (logits, mean), out = self.targets(batch), self.student(batch)
+        terms = joint_terms(out) | masked_terms(out, batch, logits, self.center, self.patch_size, {})
+        self.loss(terms).backward()
+        return terms, out, mean
+
+    def in_parts(self, parts):
+        """The same in parts, where the whole does not fit: GradCache (Gao et al. 2021).  Equal but for rounding.
+
+        The features of all parts are computed without gradient; the losses that compare pairs are taken on all of them
+        and give each feature its gradient; then each part is computed again and takes that gradient on, with its share
+        of the other losses.  SimCLR's head, which normalises over the batch, stands behind the features: it sees all.
+        """
+        with torch.no_grad(), self.amp:
+            cached = [self.model.features(self.ready(part)) for part in parts]
+        features = {name: torch.cat([c[name] for c in cached]).requires_grad_() for name in cached[0]}
+        with self.amp:
+            out = self.model.across(features)
+        terms, means = joint_terms(out), []
+        if terms:
+            self.loss(terms).backward()
+        gradients = {name: x.grad.chunk(len(parts)) for name, x in features.items()}
+        totals = self.totals(parts)
+        for i, part in enumerate(parts):
+            of_part, mean = self.part(part, {name: pieces[i] for name, pieces in gradients.items()}, totals)
+            terms |= {name: terms.get(name, 0) + term for name, term in of_part.items()}
+            means.append(mean)
+        average_gradients(self.model)
+        return terms, out, torch.cat(means) if self.teacher else None
+
+    def part(self, part, gradients, totals):
+        """Backward through one part, whose features take `gradients` on (zeros where absent).  No rank waits here."""
+        batch = self.ready(part)
+        with self.amp:
+            (logits, mean), features, out = self.targets(batch), self.model.features(batch), self.model.masked(batch)
+        terms = masked_terms(out, batch, logits, self.center, self.patch_size, totals)
+        ends = [(x, gradients.get(name, torch.zeros_like(x))) for name, x in features.items()]
+        ends += [(self.loss(terms), None)] if terms else []
+        torch.autograd.backward(*zip(*ends))
+        return {name: term.detach() for name, term in terms.items()}, mean
+
+    def totals(self, parts):
+        """Hidden patches and masked words of the global batch: the masked losses are means over all of them."""
+        numbers = {name: sum(part[ids].numel() for part in parts) for name, ids in
+                   (("hidden", "ids_hide"), ("words", "mlm_ids")) if ids in parts[0]}
+        return {name: losses.all_sum(torch.full((), float(n), device=self.device)) for name, n in numbers.items()}
+
+    def largest_part(self, batch):
+        """How many of this rank's pairs fit at once: all of them, or, found by halving, a divisor of their number.
+
+        On the GPU, before the first step: what optimiser and DDP will allocate is held meanwhile, and a tenth of the
+        memory more (our choice: later texts may be longer).
+        """
+        parameters = sum(p.numel() for p in self.model.parameters())
+        spare = 3 * 4 * parameters + torch.cuda.get_device_properties(self.device).total_memory // 10
+
+        def rehearse(count):
+            held = torch.empty(spare, dtype=torch.uint8, device=self.device)
+            parts = split(batch, count)
+            self.part(parts[0], {}, {name: torch.ones((), device=self.device) for name in ("hidden", "words")})
+            del held
+        size = fitting(len(next(iter(batch.values()))), rehearse)
+        self.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return size
+
+
+def fitting(share, rehearse):
+    """The size of the parts of a share: the whole, or less where rehearse(number of parts) is out of memory."""
+    size = share
+    while True:
+        try:
+            rehearse(share // size)
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        torch.cuda.empty_cache()
+        size = max(n for n in range(1, size // 2 + 1) if share % n == 0)
+
+
+def average_gradients(model):
+    """The mean of each gradient over the ranks: what DDP does during one backward pass, here after several."""
+    if dist.is_initialized():
+        waits = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]
+        for wait in waits:
+            wait.wait()
+        torch._foreach_div_([p.grad for p in model.parameters()], dist.get_world_size())
 
 
 def parameter_groups(model, weight_decay):
@@ -176,259 +352,657 @@ def parameter_groups(model, weight_decay):
     return [dict(params=decay, weight_decay=weight_decay), dict(params=other, weight_decay=0.0)]
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- ranks
 
-def join():
-    """This process's place: torchrun's environment, or alone.  -> rank, world, device"""
+@dataclass
+class Place:
+    """This process among those of the run."""
+    rank: int
+    world: int
+    device: torch.device
+    store: object = None        # a dictionary that all ranks share
+    host_group: object = None   # for the CPUs to exchange small things while the GPUs work
+
+    def say(self, text):
+        """A line from rank 0, beside its bar."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def join(minutes):
+    """Take the place that torchrun's environment names, or be alone; nobody waits longer than `minutes` for another."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"local rank {device.index} has no GPU, {torch.cuda.device_count()} are seen here: start "
+                             "as many processes on a machine, and let each see all of its GPUs")
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products are so by default
+    if world == 1:
+        return Place(rank, world, device)
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank == 0 and shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        print("warning: after a restart ranks may find the addresses of dead ones (pytorch issue 135712): start "
+              "torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    limit = datetime.timedelta(minutes=minutes)
+    nccl = device.type == "cuda"  # it kills a process that waits too long: later, so that Stop can say who is lost
+    try:
+        store = next(dist.rendezvous("env://", timeout=limit))[0]
+        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=2 * limit if nccl else limit)
+        return Place(rank, world, device, store, dist.new_group(backend="gloo", timeout=limit))
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(f"cannot meet the other {world - 1} ranks at {where} within {minutes} minutes: "
+                              f"{str(error).splitlines()[0]}") from error
 
 
-def open_pairs(config, rank, world):
-    """The pairs of all data sets; rank 0 draws the demo and writes the indices before the others look."""
-    if rank > 0:
-        dist.barrier()
-    pairs = data.Pairs(config.data, config.root)
-    if rank == 0 and world > 1:
-        dist.barrier()
+def first_of_all(place, name, function):
+    """function() on rank 0, then on the others, who wait for as long as it takes: reading all headers is no fault."""
+    while place.rank > 0 and not place.store.check([name]):
+        time.sleep(0.2)
+    result = function()
+    if place.rank == 0 and place.world > 1:
+        place.store.set(name, "done")
+    return result
+
+
+def lost_ranks(place):
+    """The ranks that do not answer within ten seconds; rank 0 where the store itself, which it may keep, does not."""
+    lost = [0]
+
+    def ask():
+        try:
+            place.store.set(f"here/{place.rank}", "")
+            for _ in range(100):
+                lost[:] = [rank for rank in range(place.world) if not place.store.check([f"here/{rank}"])]
+                time.sleep(0.1)
+        except dist.DistError:
+            lost[:] = [0]
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(12)
+    return lost
+
+
+class Stop:
+    """SIGINT, SIGTERM and SIGUSR1 on any rank, known to all ranks at the same step.
+
+    Asked once a step: the answer is that of the step before, which the CPUs have exchanged meanwhile.  A second signal
+    ends the process at once.
+    """
+
+    def __init__(self, place):
+        self.group, self.name, self.at, self.work, self.told = place.host_group, "", None, None, None
+        for number in data.STOPS:
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        # Within two seconds it is the same one: a scheduler tells all processes, and torchrun passes it on to its own.
+        if self.name and time.monotonic() - self.at > 2:
+            os._exit(128 + number)
+        if not self.name:
+            self.name, self.at = signal.Signals(number).name, time.monotonic()
+
+    def __call__(self):
+        """Whether to stop now."""
+        if self.group is None:
+            return bool(self.name)
+        stop = self.settle()
+        self.told = torch.tensor(float(bool(self.name)))
+        self.work = dist.all_reduce(self.told, group=self.group, async_op=True)
+        return stop
+
+    def settle(self):
+        """Wait for the exchange under way: what it said."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = None
+        return self.told is not None and bool(self.told)
+
+
+# ---------------------------------------------------------------- checkpoints and the log
+
+def resumed_from(path):
+    """The --resume of the run that made a checkpoint; "" where it is damaged."""
+    try:
+        return evaluate.read_checkpoint(path).get("config", {}).get("resume", "")
+    except ValueError:
+        return ""
+
+
+def find_saved(config):
+    """The checkpoint that the run goes on from and its path, or None, None: --resume, else last.pt in --out.
+
+    Where last.pt was made by this --resume already, it is that.  Raises FileNotFoundError where --resume is missing,
+    ValueError where the checkpoint is damaged, the settings differ, or --out holds another run.
+    """
+    out, own = Path(config.out), Path(config.out) / "last.pt"
+    path = Path(config.resume or own)
+    older = ", ".join(map(str, sorted(set(out.glob("*.pt")) - {own}, key=os.path.getmtime)))
+    if not config.resume and not own.is_file():
+        if older:
+            raise ValueError(f"{out} holds {older} but no last.pt: --resume one of them, or give another --out")
+        return None, None
+    if own.is_file() and path.resolve() != own.resolve():
+        if resumed_from(own) == config.resume:
+            path = own
+        elif not config.force:
+            raise ValueError(f"--resume {path} would overwrite the run in {out}: give another --out, or --force to "
+                             "take this one back to it")
+    try:
+        saved = evaluate.read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; older ones are {older}: --resume one of them with --force" if older else
+                         str(error)) from error
+    if "made_by" not in saved:
+        raise ValueError(f"{path} is of an older version: it can be evaluated and be --init of another run, not go on")
+    mine = dataclasses.asdict(config)
+    theirs = dataclasses.asdict(TrainConfig()) | saved["config"]  # settings that are younger than it had their defaults
+    other = {name: f"--{name.replace('_', '-')} {theirs[name]} there, {value} now"
+             for name, value in mine.items() if name not in FREE and theirs[name] != value}
+    fixed = [other[name] for name in FIXED if name in other]
+    if fixed or other and not config.force:
+        way_out = "" if fixed else ", those settings to go on with it, or --force to go on with the new ones"
+        raise ValueError(f"{path} was made with other settings ({'; '.join(fixed or other.values())}): give another "
+                         f"--out{way_out}")
+    return saved, path
+
+
+def check_space(config, model, teacher):
+    """Raise ValueError where the disk cannot hold the checkpoints of this run."""
+    out = Path(config.out).resolve()
+    place = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    numbers = 3 * sum(p.numel() for p in model.parameters())  # weights and AdamW's two moments
+    size = 4 * (numbers + sum(p.numel() for p in teacher.parameters()) if teacher else numbers)
+    files = 2 + min(config.keep, config.epochs) + (config.eval_every > 0)  # last.pt and the one that is being written
+    have = shutil.disk_usage(place).free + sum({s.st_ino: s.st_size for s in map(Path.stat, out.glob("*.pt"))}.values())
+    if have < files * size:
+        raise ValueError(f"{files} checkpoints of {size / 1e9:.2f} GB do not fit in {config.out}, where "
+                         f"{have / 1e9:.2f} GB are free: make room, or give another --out or a smaller --keep")
+
+
+def save(out, state, names=()):
+    """Write out/last.pt, and the same under further names; a crash at any moment leaves each as it was, or whole.
+
+    Raises OSError, also where the disk is full.
+    """
+    part, link = out / "last.partial", out / "link.partial"
+    part.unlink(missing_ok=True)  # after a crash it may be another name of an older checkpoint: not to be written over
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter after the file's own error
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {part}: {error.__context__ or error}") from error
+    for name in names:
+        link.unlink(missing_ok=True)
+        try:
+            os.link(part, link)  # one file under two names takes no room
+        except OSError:  # a file system without such names
+            shutil.copyfile(part, link)
+        os.replace(link, out / name)
+    os.replace(part, out / "last.pt")
+
+
+def prune(out, epoch, keep):
+    """Delete the checkpoints of epochs but for the last `keep`; later ones are of a run that was taken back."""
+    for file in out.glob("epoch-*.pt"):
+        number = re.fullmatch(r"epoch-(\d+)\.pt", file.name)
+        if number and not epoch - keep < int(number[1]) <= epoch:
+            file.unlink()
+
+
+def provenance():
+    """Where a checkpoint comes from: versions, and the commit of this code ("" outside git)."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*",
+               "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    return dict(commit=commit, python=platform.python_version(), torch=str(torch.__version__), numpy=numpy.__version__,
+                pillow=PIL.__version__)
+
+
+class Log:
+    """log.jsonl, opened to go on after `step` (what an interrupted run wrote later is cut off), and TensorBoard's file
+    beside it where that is installed."""
+
+    def __init__(self, out, step):
+        path, end, self.pending = out / "log.jsonl", 0, b""
+        self.file = open(path, "ab", buffering=0)
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"line {number} of {path} is none of a log: mend it or move the file away") from error
+            end += len(line)
+        self.file.truncate(end)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out, purge_step=step + 1)
+        except ImportError:
+            self.board = None
+
+    def write(self, record):
+        """One line.  What is not finite becomes null, for JSON has no word for it; a full disk gets it later."""
+        record = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
+        self.pending += json.dumps(record).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self.flush()
+            for name, x in record.items() if self.board else ():
+                if isinstance(x, (int, float)):
+                    self.board.add_scalar(name, x, record["step"])
+
+    def flush(self):
+        """Write what is pending.  Raises OSError where the disk is full."""
+        while self.pending:
+            self.pending = self.pending[self.file.write(self.pending):]
+
+    def sync(self):
+        """Flush to disk: no checkpoint may be ahead of its log.  Raises OSError."""
+        self.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+# ---------------------------------------------------------------- the run
+
+@dataclass
+class Run:
+    """What a run is made of; all but the counters stays what it is."""
+    config: TrainConfig
+    place: Place
+    pairs: data.Pairs
+    tokenizer: Tokenizer
+    model: models.VisionModel
+    teacher: models.Teacher | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: torch.autocast
+    per_epoch: float        # steps in an epoch
+    total: int              # steps in the run
+    skipped: torch.Tensor   # () steps without an update, for loss or gradient was not finite ...
+    in_a_row: torch.Tensor  # () ... and the last of these without one between; on the device
+    step: int = 0           # steps done
+    source: Path = None     # the checkpoint that the run goes on from
+    bad: int = 0            # pairs of this rank that could not be used; on rank 0, all of before a resume too
+    best: float = 0.0       # highest score of --eval-every
+
+    def parts(self):
+        """What has a state of its own."""
+        parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        return parts | (dict(teacher=self.teacher) if self.teacher else {})
+
+    def state(self, bad):
+        """All that a checkpoint holds: tensors, numbers, strings.  bad: of all ranks."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return dict(step=self.step, pairs=self.pairs.digest(), bad=bad, skipped=self.skipped.cpu(),
+                    in_a_row=self.in_a_row.cpu(), best=self.best, config=dataclasses.asdict(self.config),
+                    model_config=dataclasses.asdict(self.model.config),
+                    tokenizer=[" ".join(pair) for pair in self.tokenizer.merges],
+                    rng=dict(cpu=torch.get_rng_state(), cuda=cuda), made_by=provenance(),
+                    **{name: part.state_dict() for name, part in self.parts().items()})
+
+    def load(self, saved):
+        """Go on from what `state` gave."""
+        for name, part in self.parts().items():
+            if saved.get(name):  # the scaler's is empty but with fp16
+                part.load_state_dict(saved[name])
+        fresh = parameter_groups(self.model, self.config.weight_decay)
+        for group, new in zip(self.optimizer.param_groups, fresh):  # by --force they may be other ones
+            group.update(weight_decay=new["weight_decay"], betas=(self.config.beta1, self.config.beta2))
+        self.step, self.bad = saved["step"], saved["bad"] if self.place.rank == 0 else 0
+        self.best = saved["best"]
+        self.skipped.copy_(saved["skipped"])
+        self.in_a_row.copy_(saved["in_a_row"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+
+
+def open_pairs(config, place):
+    """The pairs of all data sets; rank 0 draws the demo and writes the indices before the others look.
+
+    Raises ValueError where they, the batch and the ranks do not go together.
+    """
+    pairs = first_of_all(place, "pairs", lambda: data.Pairs(config.data, config.root))
+    for line in pairs.damage:
+        place.say(f"warning: {line}")
+    if len(pairs) < config.batch_size == TrainConfig.batch_size:
+        config.batch_size = 2 ** int(math.log2(len(pairs)))
+        place.say(f"warning: {len(pairs)} pairs are fewer than the paper's batch of {TrainConfig.batch_size}: batches "
+                  f"of {config.batch_size}, with a learning rate made for the other")
     if len(pairs) < config.batch_size:
         raise ValueError(f"{len(pairs)} pairs are fewer than one global batch: give --batch-size {len(pairs)} or less")
-    if config.batch_size % world:
-        raise ValueError(f"--batch-size {config.batch_size} is the global batch: no multiple of {world} ranks")
+    share, rest = divmod(config.batch_size, place.world)
+    if rest:
+        raise ValueError(f"--batch-size {config.batch_size} is the global batch: no multiple of {place.world} ranks")
+    if share % (min(config.micro_batch, share) or share):
+        raise ValueError(f"--micro-batch {config.micro_batch} does not divide {share}, a rank's share of the batch")
     return pairs
 
 
 def make_tokenizer(config, pairs, saved):
-    """The checkpoint's tokenizer, or one learned from the first million captions, or CLIP's."""
-    if saved:
+    """The tokenizer of the checkpoint or of --init, or one learned from the first million captions, or CLIP's."""
+    if saved and "tokenizer" in saved:
         return evaluate.saved_tokenizer(saved)
     return Tokenizer.train(pairs.captions(1_000_000), config.vocab_size) if config.vocab_size else Tokenizer.clip()
 
 
-def save(path, state):
-    """Write a checkpoint so that a crash at any moment leaves the old one or the new one, whole."""
-    part = path.with_suffix(".partial")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def find_saved(config):
-    """The checkpoint that the run goes on from, or None: --resume, else last.pt in --out.
-
-    Raises FileNotFoundError where --resume is missing, ValueError where the settings differ or --out holds another run.
-    """
-    own = Path(config.out) / "last.pt"
-    path = Path(config.resume or own)
-    if not config.resume and not path.is_file():
-        return None
-    if own.is_file() and path.resolve() != own.resolve():
-        raise ValueError(f"--resume {path} would overwrite the run in {config.out}: give another --out")
-    saved, mine = evaluate.read_checkpoint(path), dataclasses.asdict(config)
-    other = [f"--{name.replace('_', '-')} {saved['config'].get(name)} there, {value} now"
-             for name, value in mine.items() if name not in FREE and saved["config"].get(name) != value]
-    if other:
-        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): give another --out, "
-                         "or those settings to go on with it")
-    return saved
-
-
-def open_log(path, step):
-    """log.jsonl, opened to go on after `step`: what an interrupted run wrote later is dropped."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(lines), "utf-8")
-    return open(path, "a", encoding="utf-8")
-
-
-def catch_signals():
-    """SIGINT, SIGTERM and SIGUSR1 are noted in the list returned, for the loop to end its step; a later one exits."""
-    noted = []
-
-    def handler(number, _):
-        # Within two seconds it is the same one: a scheduler tells all processes, and torchrun passes it on to its own.
-        if noted and time.monotonic() - noted[0][1] > 2:
-            os._exit(128 + number)
-        noted.append((signal.Signals(number).name, time.monotonic()))
-    for number in data.STOPS:
-        signal.signal(number, handler)
-    return noted
-
-
-def any_rank(noted, device):
-    """Whether any rank was signalled, on every rank: so all of them stop at the same step."""
-    told = torch.tensor(float(len(noted)), device=device)
-    dist.all_reduce(told)
-    return bool(told)
-
-
-def run(config):
-    """Train as the config says, from the last checkpoint in config.out if there is one; evaluate at the end."""
-    rank, world, device = join()
-    say = tqdm.write if rank == 0 else lambda text: None
-    out, saved = Path(config.out), find_saved(config)
-    pairs = open_pairs(config, rank, world)
-    for line in pairs.damage:
-        say(f"warning: {line}")
-    per_epoch, digest = len(pairs) / config.batch_size, pairs.digest()
-    if saved and saved["pairs"] != digest:
-        raise ValueError(f"the data was another when the checkpoint was made ({saved['pairs']} then, {digest} now), so "
-                         "the order would be another: give another --out")
-    total = config.epochs * len(pairs) // config.batch_size
-    first, stop_at = saved["step"] if saved else 0, min(total, config.steps or total)
-
-    tokenizer = make_tokenizer(config, pairs, saved)
-    shape = dataclasses.replace(models.PRESETS[config.model], method=config.method, vocab_size=len(tokenizer))
+def make_model(config, place, vocab_size, init):
+    """A model with fresh weights, or those of --init as far as they go.  Raises ValueError where they do not fit."""
     torch.manual_seed(config.seed)
-    model = models.build(shape).to(device)
-    teacher = models.Teacher(model).to(device) if config.method == "maskclip" else None
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), config.lr,
-                                  (config.beta1, config.beta2), eps=1e-8, fused=True)  # eps: SLIP recipe
-    parts = dict(model=model, optimizer=optimizer) | (dict(teacher=teacher) if teacher else {})
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
-    student = DistributedDataParallel(model) if world > 1 else model
+    shape = dataclasses.replace(models.PRESETS[config.model], method=config.method, vocab_size=vocab_size)
+    if not init:
+        return models.build(shape)
+    model = models.build(dataclasses.replace(shape, **init["changes"]))
+    own = model.state_dict()
+    taken = {name: x for name, x in init["model"].items() if name in own}
+    wrong = [f"{name} {list(x.shape)}, here {list(own[name].shape)}" for name, x in taken.items()
+             if x.shape != own[name].shape]
+    if wrong:
+        raise ValueError(f"--init {config.init} does not fit --model {config.model}: {'; '.join(wrong[:3])}")
+    model.load_state_dict(own | taken)
+    fresh = sorted({name.partition(".")[0] for name in own.keys() - taken.keys()})
+    place.say(f"{len(taken)} of {len(own)} tensors are those of {config.init}; fresh: {', '.join(fresh) or 'none'}")
+    return model
 
-    samples = data.Samples(pairs, tokenizer, model.needs, config, shape)
-    order = data.Order(pairs.sizes, config.seed)
-    batches = data.GlobalBatches(order, config.batch_size, first, stop_at, rank, world)
-    workers = config.workers if config.workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // world - 1))
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate,
-                                         num_workers=workers, pin_memory=device.type == "cuda",
-                                         worker_init_fn=data.ignore_stops)
-    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
-    weights = dict(distill=config.distill_weight, mlm=config.mlm_weight)
-    if "text" in model.needs:  # beside CLIP; alone they are the whole loss
-        weights |= dict(pixel=config.pixel_weight, simclr=config.simclr_weight)
 
-    say(f"{config.method} {config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{len(tokenizer):,} tokens; {', '.join(config.data)}: {len(pairs):,} pairs; {config.epochs} epochs of "
-        f"{per_epoch:.1f} steps; batch {config.batch_size} = {world} x {config.batch_size // world}; "
-        f"{'bf16' if bf16 else 'fp32'} on {device.type}\n"
-        + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
+def open_run(config, place):
+    """Everything that the loop needs, from the last checkpoint where there is one.
+
+    Raises ValueError where the settings, the data or the disk do not allow it.
+    """
+    pairs, kind = open_pairs(config, place), place.device.type
+    saved, source = find_saved(config)
+    if saved and saved["pairs"] != pairs.digest() and not config.force:
+        raise ValueError(f"the data was another when the checkpoint was made ({saved['pairs']} then, {pairs.digest()} "
+                         "now), so the order would be another: give another --out, or --force to go on all the same")
+    init = evaluate.read_weights(config.init) if config.init and not saved else None
+    tokenizer = make_tokenizer(config, pairs, saved or init)
     if saved:
-        say(f"going on from step {first} of {config.resume or out / 'last.pt'}")
-    noted = catch_signals()
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "log.jsonl", first)
-    bar = tqdm(total=stop_at, initial=first, desc=config.method, unit="step", mininterval=1,
-               disable=None if rank == 0 else True)  # a bar on a terminal, lines elsewhere
-    bad = saved["bad"] if saved and rank == 0 else 0  # the log counts the sum over ranks
-    named, saved, step, seen, clock, saved_at = [], None, first, 0, time.time(), time.time()
+        model = models.build(models.ModelConfig(**saved["model_config"]))
+    else:
+        model = make_model(config, place, len(tokenizer), init)
+    model.to(place.device)
+    teacher = models.Teacher(model).to(place.device) if config.method == "maskclip" else None
+    for module in [*model.modules(), *(teacher.modules() if teacher else ())]:
+        if isinstance(module, models.Block):
+            module.recompute = config.grad_checkpointing
+            if config.compile:
+                torch._dynamo.config.recompile_limit = 64  # towers, decoders, masks, gradients: all share one code
+                module.compile()
+    if place.rank == 0:
+        check_space(config, model, teacher)
 
-    for batch in loader:
-        lr, momentum = learning_rate(step, config, per_epoch), ema_momentum(step, config, per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2),
+                                  eps=1e-8, fused=True)  # eps: SLIP recipe
+    name = {"auto": "bf16" if kind == "cuda" else "fp32"}.get(config.precision, config.precision)
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
+    run = Run(config, place, pairs, tokenizer, model, teacher, optimizer,
+              scaler=torch.amp.GradScaler(kind, enabled=name == "fp16"),
+              amp=torch.autocast(kind, dtype, enabled=name != "fp32"),
+              per_epoch=len(pairs) / config.batch_size, total=config.epochs * len(pairs) // config.batch_size,
+              skipped=torch.zeros((), device=place.device), in_a_row=torch.zeros((), device=place.device),
+              source=source)
+    if saved:
+        run.load(saved)
+    if place.world > 1:
+        starts = [None] * place.world
+        dist.all_gather_object(starts, (run.step, pairs.digest()), place.host_group)
+        if len(set(starts)) > 1:
+            raise ValueError(f"the ranks start from different steps or data ({'; '.join(map(str, starts))}): --out and "
+                             "the data must be the same folders on all nodes")
+    place.say(f"{config.method} {config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+              f"{len(tokenizer):,} tokens; {', '.join(config.data)}: {len(pairs):,} pairs; {config.epochs} epochs of "
+              f"{run.per_epoch:.1f} steps; batch {config.batch_size} = {place.world} x "
+              f"{config.batch_size // place.world}; {name} on {kind}\n"
+              + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+              + (f"\ngoing on from step {run.step} of {source}" if saved else ""))
+    return run
+
+
+def open_loader(run, stop_at):
+    """This rank's share of the global batches from run.step on."""
+    config, place = run.config, run.place
+    samples = data.Samples(run.pairs, run.tokenizer, run.model.needs, config, run.model.config)
+    order = data.Order(run.pairs.sizes, config.seed)
+    batches = data.GlobalBatches(order, config.batch_size, run.step, stop_at, place.rank, place.world)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
+    workers = config.workers if config.workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // here - 1))
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate, num_workers=workers,
+                                       pin_memory=place.device.type == "cuda", worker_init_fn=data.ignore_stops)
+
+
+def make_step(run, batches):
+    """How a step is computed, and in how many parts.  -> Step, parts, the batches"""
+    config, place = run.config, run.place
+    weights = dict(distill=config.distill_weight, mlm=config.mlm_weight)
+    if "text" in run.model.needs:  # beside CLIP; alone they are the whole loss
+        weights |= dict(pixel=config.pixel_weight, simclr=config.simclr_weight)
+    step = Step(run.model, run.model, run.teacher, run.amp,
+                lambda terms: run.scaler.scale(sum(weights.get(name, 1.0) * term for name, term in terms.items())))
+    share = config.batch_size // place.world
+    size = min(config.micro_batch or share, share)
+    if place.device.type == "cuda" and not config.micro_batch:
+        for first in batches:
+            size = step.largest_part({name: x for name, x in first.items() if name != "bad"})
+            if place.world > 1:
+                smallest = torch.tensor(float(size))
+                dist.all_reduce(smallest, dist.ReduceOp.MIN, place.host_group)
+                size = int(smallest)
+            batches = itertools.chain([first], batches)
+            if size < share:
+                place.say(f"{share} pairs do not fit on the GPU: {size} at a time, as by --micro-batch {size}")
+            break
+    if place.world > 1 and size == share:
+        step.student = DistributedDataParallel(run.model)
+    return step, share // size, batches
+
+
+def loop(run):
+    """Step by step to the end or to a signal, then the report."""
+    config, place, model, teacher, optimizer, scaler = (run.config, run.place, run.model, run.teacher, run.optimizer,
+                                                        run.scaler)
+    out = Path(config.out)
+    stop_at, has_text = min(run.total, config.steps or run.total), "text" in model.needs
+    step, parts, batches = make_step(run, iter(open_loader(run, stop_at)))
+    stop_now, log, saved_step = Stop(place), None, run.step
+    if place.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if run.source and run.source.resolve() != (out / "last.pt").resolve():
+            save(out, run.state(run.bad))  # before the log is cut: from here on this is where the run stands
+        log = Log(out, run.step)
+    bar = tqdm(total=stop_at, initial=run.step, desc=config.method, unit="step", mininterval=1,
+               disable=None if place.rank == 0 else True)  # a bar on a terminal, lines elsewhere
+    named, results, stop, waited, seen, clock, saved_at = [], {}, False, 0.0, 0, time.time(), time.time()
+
+    while run.step < stop_at and not stop:
+        start = time.time()
+        batch = next(batches)
+        waited += time.time() - start
         for line in batch.pop("bad"):
-            bad += 1
-            if bad <= 10:
+            run.bad += 1
+            if run.bad <= 10:
                 tqdm.write(f"warning: bad pair, another takes its place: {line}")
                 named.append(line)
-        batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-        batch |= {name: data.normalize(batch[name]) for name in ("images", "views") if name in batch}
+        lr, momentum = (schedule(run.step, config, run.per_epoch) for schedule in (learning_rate, ema_momentum))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            teacher_logits = teacher(batch["images"], batch["ids_hide"]) if teacher else None    # (B, M, K)
-            outputs = student(batch)
-        terms = loss_terms(outputs, batch, teacher_logits, teacher and teacher.center, shape.patch_size)
-        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if "text" in model.needs:
+        terms, features, teacher_means = step.gradients(batch, parts)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        if config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+        # Averaged over the ranks, so all of them see it where one has a loss or gradient that is not finite; the fused
+        # AdamW then leaves weights and moments as they are, without the host having to know.
+        lost = optimizer.found_inf = (~norm.isfinite()).float()
+        scaler.step(optimizer)
+        scaler.update()
+        if has_text:
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))  # CLIP
         if teacher:
             models.ema_update(teacher, model, momentum)
-            losses.update_center(teacher.center, teacher_logits.flatten(0, 1))
-        step, seen = step + 1, seen + config.batch_size
+            losses.update_center(teacher.center, teacher_means)
+        run.step, seen = run.step + 1, seen + config.batch_size
+        run.skipped.add_(lost)
+        run.in_a_row.copy_(torch.where(run.in_a_row < 10, (run.in_a_row + 1) * lost, run.in_a_row))
         bar.update()
 
-        log_now, stop = step % config.log_every == 0 or step == stop_at, bool(noted)
-        if world > 1:
-            stop = log_now and any_rank(noted, device)
-        epoch_ends = step * config.batch_size % len(pairs) < config.batch_size
-        save_now = stop or step == stop_at or epoch_ends
+        stop = stop_now()
+        epoch, place_in_epoch = divmod(run.step * config.batch_size, len(run.pairs))
+        epoch_ends = place_in_epoch < config.batch_size or run.step == run.total
+        epoch = config.epochs if run.step == run.total else epoch  # the last step may end short of the last pairs
+        evaluate_now = epoch_ends and config.eval_every and (epoch % config.eval_every == 0 or run.step == run.total)
+        log_now = run.step % config.log_every == 0 or run.step == stop_at or evaluate_now
+        save_now = epoch_ends or run.step == stop_at or stop
         if log_now or save_now:  # the only times at which the device is waited for
-            sums = torch.stack([*terms.values(), torch.tensor(float(bad), device=device)]).detach()
-            if world > 1:
-                dist.all_reduce(sums)
-            values = dict(zip(terms, (sums[:-1] / world).tolist()))  # each rank's terms are means over its own rows
-            if sums[-1] > max(20, config.bad_limit * step * config.batch_size):  # 20: our choice, for the first steps
-                raise ValueError(f"{int(sums[-1]):,} of {step * config.batch_size:,} pairs were bad, more than "
-                                 f"--bad-limit {config.bad_limit}: see the warnings above; after python data.py check "
-                                 f"{' '.join(config.data)} others take their places, and the run can go on")
-            if not all(map(math.isfinite, values.values())):
-                raise ValueError(f"the loss is not finite at step {step}: {values}; an older {out / 'last.pt'} is good")
-        if rank == 0 and log_now:
-            if "text" in model.needs:
-                values["scale"] = model.logit_scale.exp().item()
-            rate = seen / (time.time() - clock)
-            log.write(json.dumps(dict(step=step, epoch=step / per_epoch, **values, lr=lr, bad=int(sums[-1]),
-                                      **dict(bad_pairs=named) if named else {}, seen_per_s=round(rate, 1))) + "\n")
-            log.flush()
-            short = " ".join(f"{name} {value:.2f}" for name, value in values.items()) + f" {rate:.0f} pictures/s"
+            values = dict(terms)
+            if has_text:
+                values["accuracy"] = losses.contrastive_accuracy(**features)
+            sums = losses.all_sum(torch.stack([*values.values(), norm.new_tensor(run.bad)]))
+            *means, bad = (sums / sums.new_tensor([place.world] * len(values) + [1])).tolist()
+            values, bad = dict(zip(values, means)), int(bad)
+            check(run, values, bad, saved_step)
+        results = evaluations(run, ["zeroshot" if has_text else "linear"]) if evaluate_now else {}
+        scores = {name: next(iter(result["scores"].values())) for name, result in results.items()}
+        if evaluate_now and not scores:
+            place.say(f"--eval-every: no test set could be evaluated beside {run.pairs.sources[0].folder}")
+        best_before, run.best = run.best, max([run.best, *scores.values()])
+        is_best = run.best > best_before
+        if log and log_now:
+            spent, peak = time.time() - clock, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
+                1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            log.write(dict(step=run.step, epoch=run.step / run.per_epoch, **values, **scores,
+                           **dict(scale=model.logit_scale.exp().item()) if has_text else {}, lr=lr,
+                           **dict(ema=momentum) if teacher else {}, grad_norm=norm.item(), skipped=int(run.skipped),
+                           **dict(loss_scale=scaler.get_scale()) if scaler.is_enabled() else {}, bad=bad,
+                           **dict(bad_pairs=named) if named else {}, pictures_per_s=round(seen / spent, 1),
+                           data_wait=round(waited / spent, 3), memory_gib=round(peak / 2 ** 30, 2)))
+            short = " ".join(f"{name} {x:.2f}" for name, x in values.items()) + f" {seen / spent:.0f} pictures/s"
             bar.set_postfix_str(short)
             if bar.disable:
-                print(f"step {step}/{stop_at} {short}", flush=True)
-            named, seen, clock = [], 0, time.time()
-        if rank == 0 and (save_now or log_now and time.time() - saved_at > 60 * config.save_minutes):
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise ValueError(f"the weights are not finite at step {step}; an older {out / 'last.pt'} is good")
-            save(out / "last.pt", dict(step=step, pairs=digest, bad=int(sums[-1]),
-                                       config=dataclasses.asdict(config), model_config=dataclasses.asdict(shape),
-                                       tokenizer=[" ".join(pair) for pair in tokenizer.merges],
-                                       **{name: part.state_dict() for name, part in parts.items()}))
+                print(f"step {run.step}/{stop_at} {short}", flush=True)
+            named, waited, seen, clock = [], 0.0, 0, time.time()
+        if log and (save_now or log_now and time.time() - saved_at > 60 * config.save_minutes):
+            names = [f"epoch-{epoch}.pt"] * bool(epoch_ends and config.keep) + ["best.pt"] * is_best
+            try:
+                log.sync()
+                save(out, run.state(bad), names)
+                saved_step = run.step
+                if epoch_ends:
+                    prune(out, epoch, config.keep)
+                evaluate.curves(out / "log.jsonl", out / "curves.svg")
+            except OSError as error:
+                if stop or run.step == stop_at:
+                    raise
+                run.best = best_before
+                place.say(f"warning: step {run.step} is not saved, next try in {config.save_minutes} minutes: {error}")
             saved_at = time.time()
-        if stop:
-            break
+
+    stop_now.settle()
     bar.close()
     for number in data.STOPS:
         signal.signal(number, signal.SIG_DFL)
-    if rank == 0:
+    if log:
         log.close()
-        if step < stop_at:
-            say(f"{noted[0][0] if noted else 'a signal'}: stopped after step {step} of {total}; "
-                f"the same command goes on from {out / 'last.pt'}")
-        elif step < total:
-            say(f"stopped after --steps {step} of {total}; without --steps the same command goes on")
-        else:
-            report(model.eval(), tokenizer, Path(pairs.sources[0].folder))
+    if run.step < stop_at:
+        place.say(f"{stop_now.name or 'a signal'}: stopped after step {run.step} of {run.total}; "
+                  f"the same command goes on from {out / 'last.pt'}")
+    elif run.step < run.total:
+        place.say(f"stopped after --steps {run.step} of {run.total}; without --steps the same command goes on")
+    else:
+        names = [name for name in evaluate.EVALUATIONS if has_text != (name == "linear") and name not in results]
+        place.say(report(run.pairs, results | evaluations(run, names)))
 
 
-def report(model, tokenizer, folder):
-    """Print one table of what the test sets that lie beside a train/ folder say of the model."""
-    results = {}
-    for name, (part, evaluation) in evaluate.EVALUATIONS.items():
-        test = folder.parent / part
-        if folder.name == "train" and test.is_dir() and ("text" in model.needs) != (name == "linear"):
+def check(run, values, bad, saved_step):
+    """Raise ValueError, on all ranks, where the run should not go on."""
+    config, pairs, path = run.config, run.step * run.config.batch_size, Path(run.config.out) / "last.pt"
+    if bad > max(20, config.bad_limit * pairs):  # 20: our choice, for the first steps
+        raise ValueError(f"{bad:,} of {pairs:,} pairs were bad, more than --bad-limit {config.bad_limit}: see the "
+                         f"warnings above; after python data.py check {' '.join(config.data)} others take their "
+                         "places, and the run can go on")
+    if run.in_a_row >= 10:  # our choice
+        raise ValueError(f"the loss or its gradient was not finite in the last {int(run.in_a_row)} steps up to step "
+                         f"{run.step}, which left the weights as they were; the loss terms: {values}; "
+                         + (f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet")
+                         + (f" of step {saved_step}" if saved_step and run.place.rank == 0 else ""))  # who saves knows
+
+
+def evaluations(run, names):
+    """Evaluate on the test sets that lie beside a train/ folder.  -> {name: what evaluate.EVALUATIONS[name] gives}"""
+    folder, results = Path(run.pairs.sources[0].folder), {}
+    for name in names:
+        part, evaluation = evaluate.EVALUATIONS[name]
+        if folder.name == "train" and (folder.parent / part).is_dir():
             try:
-                results[name] = evaluation(model, tokenizer, test)
+                results[name] = evaluation(run.model, run.tokenizer, folder.parent / part)
             except (OSError, ValueError) as error:  # say, shards of a validation split: no reason to fail a trained run
-                print(f"{name} not evaluated: {error}")
-    print(evaluate.table(results) or f"no test sets beside {folder}: see python evaluate.py --help")
+                run.place.say(f"{name} not evaluated: {error}")
+    return results
+
+
+def report(pairs, results):
+    """One table of what `evaluations` gave."""
+    lines = [evaluate.table(results) or f"no test sets beside {pairs.sources[0].folder}: see python evaluate.py --help"]
     unseen = results.get("zeroshot", {}).get("per_class", {})
     if set(data.HELD_OUT) <= set(unseen):
         mean = sum(unseen[name] for name in data.HELD_OUT) / len(data.HELD_OUT)
-        print(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")
+        lines.append(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")
+    return "\n".join(lines)
+
+
+def run(config):
+    """Train as the config says, from the last checkpoint in config.out if there is one; evaluate at the end.
+
+    Raises ValueError, OSError: what was wrong with settings, data, disk, GPU memory or another rank.
+    """
+    place = join(config.timeout_minutes)
+    try:
+        loop(open_run(config, place))
+    except torch.OutOfMemoryError as error:
+        raise ValueError("out of GPU memory: give --micro-batch, or a smaller one, or --grad-checkpointing "
+                         f"({str(error).partition('. ')[0]})") from error
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise ValueError(f"a loader process ended: {str(error).splitlines()[-1]} (out of memory? fewer --workers "
+                             "take less)") from error
+        if place.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        lost = lost_ranks(place)
+        raise ConnectionError(f"{'lost rank ' + ', '.join(map(str, lost)) if lost else 'lost touch with another rank'} "
+                              f"({str(error).splitlines()[0][:200]}); the same command goes on from the last "
+                              f"checkpoint in {config.out}") from error
 
 
 def main():
     """The command line."""
+    rank = os.environ.get("RANK")
     try:
         run(parse())
     except (OSError, ValueError) as error:
-        sys.exit(f"train.py: error: {str(error).splitlines()[-1]}")
+        sentence = f"train.py: {'' if rank is None else f'rank {rank}: '}error: {str(error).splitlines()[-1]}"
+        if not isinstance(error, ConnectionError):
+            sys.exit(sentence)
+        print(sentence, file=sys.stderr, flush=True)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
+        os._exit(1)  # the end of the process group would wait for the lost rank once more
     except KeyboardInterrupt:  # before the loop, which has its own way to stop
         sys.exit("train.py: interrupted before the first step")
     finally:

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from test_model import SMALL, batch_of
 
 import data
 import evaluate
+import losses
 import model as models
 import train
 
@@ -41,7 +45,8 @@ def lines(out):
 
 
 def losses_of(out):
-    return [{k: v for k, v in line.items() if k not in ("seen_per_s", "lr", "epoch", "bad")} for line in lines(out)]
+    measured = ("pictures_per_s", "data_wait", "memory_gib")
+    return [{name: x for name, x in line.items() if name not in measured} for line in lines(out)]
 
 
 def start(command, *args, **kwargs):
@@ -92,6 +97,76 @@ def test_weight_decay_is_for_matrices_alone():
                for p in other["params"])
 
 
+# ---------------------------------------------------------------- one step's gradients
+
+def gradients(method, count, **changes):
+    """What one step on 8 pairs gives when it is taken in `count` parts: gradients, terms, the teacher's mean logits."""
+    config = replace(SMALL, method=method)
+    torch.manual_seed(0)
+    model = models.build(config)
+    teacher = models.Teacher(model) if method == "maskclip" else None
+    step = train.Step(model, model, teacher, torch.autocast("cpu", enabled=False), lambda terms: sum(terms.values()))
+    batch = {name: x for name, x in batch_of(config, n=8).items() if name not in ("images", "views")}
+    g = torch.Generator().manual_seed(1)
+    batch |= dict(images=torch.randint(256, (8, 32, 32, 3), generator=g, dtype=torch.uint8),
+                  views=torch.randint(256, (8, 2, 32, 32, 3), generator=g, dtype=torch.uint8))
+    batch["mlm_ids"] = torch.tensor([1, 3, 9, 16, 23, 24, 37])  # two words, one, one, two, none, one, none, none
+    batch["mlm_targets"] = batch["tokens"].flatten()[batch["mlm_ids"]]
+    terms, features, means = step.gradients(batch, count)
+    return {name: p.grad for name, p in model.named_parameters()}, terms, features, means
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("method", models.METHODS)
+def test_a_step_in_parts_equals_the_whole(method, count):
+    """All gradients, SimCLR's with its batch normalisation too; uneven numbers of masked words; the teacher's means."""
+    whole, parts = gradients(method, 1), gradients(method, count)
+    for name, gradient in whole[0].items():
+        scale = max(gradient.abs().max().item(), 0.05)  # some are 0 but for rounding, as those before a normalisation
+        assert torch.allclose(gradient, parts[0][name], atol=1e-5 * scale), name
+    assert list(whole[1]) == list(parts[1])
+    assert {name: x.item() for name, x in whole[1].items()} == pytest.approx(
+        {name: x.item() for name, x in parts[1].items()}, rel=1e-5)
+    assert all(torch.allclose(x, parts[2][name], atol=1e-5) for name, x in whole[2].items())
+    if method == "maskclip":
+        assert parts[3].shape == (count, SMALL.codewords)
+        assert torch.allclose(whole[3][0], parts[3].mean(0), atol=1e-5)
+
+
+def test_parts_of_a_batch_hold_their_own_masked_words():
+    tokens = torch.arange(12).view(4, 3)
+    batch = dict(tokens=tokens, mlm_ids=torch.tensor([1, 5, 6, 10]), mlm_targets=torch.tensor([1, 5, 6, 10]))
+    parts = train.split(batch, 2)
+    for part in parts:
+        assert torch.equal(part["tokens"].flatten()[part["mlm_ids"]], part["mlm_targets"])
+    assert [part["mlm_ids"].tolist() for part in parts] == [[1, 5], [0, 4]]
+
+
+def test_parts_are_halved_until_they_fit():
+    tried = []
+
+    def rehearse(count):
+        tried.append(count)
+        if 48 // count > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert train.fitting(48, rehearse) == 6 and tried == [1, 2, 4, 8]
+    assert train.fitting(48, lambda count: None) == 48
+    with pytest.raises(torch.OutOfMemoryError):
+        train.fitting(8 * 48, lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+
+
+def test_grad_checkpointing_gives_the_same_gradients_from_less_memory(monkeypatch):
+    def run():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            return gradients("maskclip", 1)[0], sum(kept)
+    plain, all_kept = run()
+    monkeypatch.setattr(models.Block, "recompute", True)
+    recomputed, few_kept = run()
+    assert all(torch.equal(gradient, recomputed[name]) for name, gradient in plain.items())
+    assert few_kept < 0.5 * all_kept
+
+
 # ---------------------------------------------------------------- runs
 
 @pytest.mark.parametrize("method", models.METHODS)
@@ -138,22 +213,15 @@ def test_four_steps_are_two_and_two_bit_for_bit(shards, tmp_path):
     assert one["teacher"]["center"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", ["maskclip", "slip"])
-def test_two_ranks_equal_one(shards, tmp_path, method):
-    train.run(small(shards, tmp_path / "one", method=method, steps=4))
-    run = start(["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-                 "--rdzv-endpoint=localhost:0"], "train.py", "--data", shards, "--out", tmp_path / "two", "--method",
-                method, "--epochs", 1, "--batch-size", 8, "--workers", 0, "--log-every", 1, "--vocab-size", 600,
-                "--steps", 4)
-    assert run.wait(120) == 0, run.stderr.read()
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two"))
-    for name, p in one["model"].items():
-        other = two["model"][name]
-        if name.endswith("qkv.bias"):  # a key's bias does nothing; its gradient is rounding, scaled up by Adam
-            p, other = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (p, other))
-        assert torch.allclose(p, other, atol=1e-4), name
-    for a, b in zip(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+def test_a_resume_restores_the_random_state_and_settings_reach_the_blocks(shards, tmp_path):
+    """No step draws from it today; who adds dropout will need it."""
+    train.run(small(shards, tmp_path, steps=1))
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["rng"]["cpu"]
+    torch.manual_seed(99)
+    model = train.open_run(small(shards, tmp_path, grad_checkpointing=True), train.join(1)).model
+    assert torch.equal(torch.get_rng_state(), saved)
+    blocks = [module for module in model.modules() if isinstance(module, models.Block)]
+    assert len(blocks) == 8 and all(block.recompute for block in blocks)
 
 
 def test_the_same_folder_with_other_settings_is_refused(shards, tmp_path):
@@ -177,19 +245,214 @@ def test_resume_from_a_path(shards, tmp_path):
     train.run(small(shards, tmp_path / "a", steps=2))
     train.run(small(shards, tmp_path / "b", resume=str(tmp_path / "a/last.pt"), steps=3))
     assert [line["step"] for line in lines(tmp_path / "b")] == [3]
+    train.run(small(shards, tmp_path / "b", resume=str(tmp_path / "a/last.pt"), steps=4))  # the same command goes on
+    assert [line["step"] for line in lines(tmp_path / "b")] == [3, 4]
     with pytest.raises(ValueError, match="would overwrite the run in"):
-        train.run(small(shards, tmp_path / "b", resume=str(tmp_path / "a/last.pt"), steps=3))
+        train.run(small(shards, tmp_path / "a", resume=str(tmp_path / "b/last.pt"), steps=5))
     with pytest.raises(FileNotFoundError):
         train.run(small(shards, tmp_path / "c", resume=str(tmp_path / "none.pt")))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(shards, tmp_path, monkeypatch):
-    train.run(small(shards, tmp_path, steps=2))
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(shards, tmp_path, monkeypatch):
+    """Step 3 has a loss of nan: weights and moments stay, the order goes on, the log says null and counts."""
+    train.run(small(shards, tmp_path / "well", steps=2))
+    term, calls = losses.mlm_loss, []
+
+    def spoilt(*args):
+        calls.append(None)
+        return term(*args) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(losses, "mlm_loss", spoilt)
+    train.run(small(shards, tmp_path / "spoilt", steps=3, keep=0))
+    well, spoilt = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("well", "spoilt"))
+    assert all(torch.equal(p, spoilt["model"][name]) for name, p in well["model"].items())
+    for number, state in well["optimizer"]["state"].items():
+        assert all(torch.equal(x, spoilt["optimizer"]["state"][number][name]) for name, x in state.items())
+    log = lines(tmp_path / "spoilt")
+    assert log[2]["mlm"] is None and log[2]["grad_norm"] is None and [line["skipped"] for line in log] == [0, 0, 1]
+    assert "NaN" not in (tmp_path / "spoilt/log.jsonl").read_text()
+    train.run(small(shards, tmp_path / "spoilt"))  # the count goes on too
+    assert lines(tmp_path / "spoilt")[-1]["skipped"] == 1 and lines(tmp_path / "spoilt")[-1]["step"] == 8
+
+
+def test_ten_steps_that_are_not_finite_stop_the_run_and_spare_the_checkpoint(shards, tmp_path, monkeypatch):
+    train.run(small(shards, tmp_path, batch_size=4, steps=2))
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(train.losses, "mlm_loss", lambda logits, targets: logits.sum() * math.nan)
-    with pytest.raises(ValueError, match="not finite at step 8.*last.pt is good"):
-        train.run(small(shards, tmp_path, log_every=100))
+    plain, calls = losses.mlm_loss, []
+
+    def spoilt(*args):
+        calls.append(None)
+        return plain(*args) * (math.nan if len(calls) <= 10 else 1)
+    monkeypatch.setattr(losses, "mlm_loss", spoilt)
+    with pytest.raises(ValueError, match="not finite in the last 10 steps up to step 12.*'mlm': nan.*"
+                                         "last good checkpoint is .*last.pt of step 2"):
+        train.run(small(shards, tmp_path, batch_size=4, log_every=4))
+    calls.clear()
+    with pytest.raises(ValueError, match="not finite in the last 10 steps up to step 14"):  # though others came after
+        train.run(small(shards, tmp_path, batch_size=4, log_every=14))
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("precision,name", [("fp16", "fp16 on cpu"), ("bf16", "bf16 on cpu")])
+def test_half_precision_follows_float32(shards, tmp_path, capsys, precision, name):
+    """Losses within 2 % over 4 steps; fp16's loss scale, 65,536 at first, is in the log and in the checkpoint."""
+    train.run(small(shards, tmp_path / "fp32", steps=4))
+    train.run(small(shards, tmp_path / "half", precision=precision, steps=2))
+    train.run(small(shards, tmp_path / "half", precision=precision, steps=4))
+    assert name in capsys.readouterr().out
+    for a, b in zip(lines(tmp_path / "fp32"), lines(tmp_path / "half"), strict=True):
+        assert all(a[term] == pytest.approx(b[term], rel=0.02) for term in ("image", "text", "distill", "mlm"))
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.2)  # of the gradient itself, not of the scaled one
+    assert lines(tmp_path / "fp32")[-1]["image"] != lines(tmp_path / "half")[-1]["image"]
+    scale = 65536.0 if precision == "fp16" else None
+    assert [line.get("loss_scale") for line in lines(tmp_path / "half")] == [scale] * 4
+    scaler = torch.load(tmp_path / "half/last.pt", weights_only=True)["scaler"]
+    assert (scaler["_growth_tracker"] == 4) if precision == "fp16" else scaler == {}
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_halves_the_scale(shards, tmp_path, monkeypatch):
+    plain = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **how: plain(device, init_scale=2.0 ** 30, **how))
+    train.run(small(shards, tmp_path, precision="fp16", steps=4))
+    skipped, scales = ([line[name] for line in lines(tmp_path)] for name in ("skipped", "loss_scale"))
+    assert skipped[0] == 1 and 2.0 ** 29 in scales
+    assert all(scale == 2.0 ** (30 - count) for scale, count in zip(scales, skipped))
+
+
+def test_the_gradients_norm_is_cut(shards, tmp_path, monkeypatch):
+    """A cut does nothing to Adam's direction, so SGD's is looked at: the step's length is lr times the cut norm."""
+    seen = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(torch.nn.utils.get_total_norm(
+        [p.grad for group in self.param_groups for p in group["params"]]).item()))
+    train.run(small(shards, tmp_path / "free", steps=2))
+    free, seen[:] = list(seen), []
+    train.run(small(shards, tmp_path / "cut", steps=2, grad_clip=0.5))
+    assert min(free) > 0.5 and seen == pytest.approx([0.5, 0.5], rel=1e-3)
+    assert lines(tmp_path / "cut")[0]["grad_norm"] == pytest.approx(free[0], rel=1e-5)  # the log has it before the cut
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(shards, tmp_path):
+    train.run(small(shards, tmp_path / "eager", steps=3))
+    run = start(["train.py"], "--data", shards, "--out", tmp_path / "compiled", "--epochs", 1, "--batch-size", 8,
+                "--workers", 0, "--log-every", 1, "--vocab-size", 600, "--steps", 3, "--compile", "--micro-batch", 4)
+    err = run.communicate(timeout=400)[1]
+    assert run.returncode == 0 and "recompile_limit" not in err, err
+    for a, b in zip(losses_of(tmp_path / "eager"), losses_of(tmp_path / "compiled"), strict=True):
+        assert all(a[term] == pytest.approx(b[term], rel=1e-4) for term in ("image", "text", "distill", "mlm"))
+
+
+def test_a_line_of_the_log(shards, tmp_path):
+    train.run(small(shards, tmp_path, steps=3, log_every=2))
+    first, last = lines(tmp_path)
+    assert list(first) == ["step", "epoch", "image", "text", "distill", "mlm", "accuracy", "scale", "lr", "ema",
+                           "grad_norm", "skipped", "bad", "pictures_per_s", "data_wait", "memory_gib"]
+    assert (first["step"], last["step"], first["epoch"]) == (2, 3, 0.25) and first["ema"] == 0.99
+    config = small(shards, tmp_path)
+    assert last["lr"] == train.learning_rate(2, config, 8) and 0 <= last["accuracy"] <= 1
+    assert 0 < last["data_wait"] < 1 and 0.1 < last["memory_gib"] < 20 and last["pictures_per_s"] > 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    made_by = state["made_by"]
+    assert made_by["torch"] == torch.__version__ and len(made_by["commit"].removesuffix("-dirty")) == 40
+
+
+@pytest.mark.peers
+def test_tensorboard_has_the_same_numbers(shards, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.run(small(shards, tmp_path, steps=2))
+    train.run(small(shards, tmp_path, steps=3))
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    got = [(event.step, event.value) for event in events.Scalars("distill")]
+    assert got == [(line["step"], pytest.approx(line["distill"], rel=1e-6)) for line in lines(tmp_path)]
+
+
+def test_curves_show_what_the_log_holds(shards, tmp_path):
+    train.run(small(shards, tmp_path, epochs=2))
+    root = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"contrastive loss", "learning rate", "teacher's momentum", "image", "distill"} <= set(texts)
+    assert "step 1" in texts and "step 16" in texts and "score while training" not in texts
+    loss = next(element for element in root.iter("{http://www.w3.org/2000/svg}polyline"))
+    points = [tuple(map(float, point.split(","))) for point in loss.attrib["points"].split()]
+    values = [line["text"] for line in lines(tmp_path)]  # lines are drawn last first, so that the first lies on top
+    assert len(points) == 16 and [x for x, _ in points] == sorted(x for x, _ in points)
+    order = sorted(range(16), key=lambda i: -values[i])
+    assert [points[i][1] for i in order] == sorted(points[i][1] for i in order)  # a higher loss stands higher
+    records = [dict(step=1, image=2.0), dict(step=2, image=None), dict(step=3, image=2.0)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    evaluate.curves(tmp_path / "log.jsonl", tmp_path / "flat.svg")  # a constant, and a value that was not finite
+    assert "nan" not in (tmp_path / "flat.svg").read_text()
+
+
+# ---------------------------------------------------------------- weights to start from
+
+def test_init_from_another_method_takes_what_fits(shards, tmp_path, capsys):
+    train.run(small(shards, tmp_path / "clip", method="clip", steps=2))
+    clip = torch.load(tmp_path / "clip/last.pt", weights_only=True)
+    run = small(shards, tmp_path / "run", init=str(tmp_path / "clip/last.pt"), steps=1, lr=0.0)
+    place = train.join(1)
+    model = train.open_run(run, place).model
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in clip["model"].items())
+    said = capsys.readouterr().out
+    assert "fresh: codewords, image_decoder, text_decoder, vocabulary_bias" in said
+    train.run(run)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["tokenizer"] == clip["tokenizer"]
+    train.run(small(shards, tmp_path / "run", init=str(tmp_path / "clip/last.pt"), steps=2, lr=0.0))  # goes on
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_init_that_does_not_fit_is_told(shards, tmp_path):
+    train.run(small(shards, tmp_path / "clip", method="clip", steps=1))
+    with pytest.raises(ValueError, match="--init .*last.pt does not fit --model vit_b32: logit_scale|visual.*, here"):
+        train.run(small(shards, tmp_path / "run", model="vit_b32", init=str(tmp_path / "clip/last.pt"), vocab_size=600))
+    torch.save(dict(weight=torch.zeros(2)), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt holds no weights that are known here.*first keys are weight"):
+        train.run(small(shards, tmp_path / "run", init=str(tmp_path / "other.pt")))
+    with pytest.raises(FileNotFoundError):
+        train.run(small(shards, tmp_path / "run", init=str(tmp_path / "none.pt")))
+    x = torch.zeros(1)
+    for odd in ({0: x}, dict(state_dict=[1]), dict(model_config={}), {"visual.conv1.weight": x, "text_projection": x}):
+        torch.save(odd, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="other.pt holds no weights that are known here"):
+            train.run(small(shards, tmp_path / "run", init=str(tmp_path / "other.pt")))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="program.pt is a program .TorchScript, as OpenAI's downloads are"):
+        train.run(small(shards, tmp_path / "run", init=str(tmp_path / "program.pt")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name,preset,wrapped", [("ViT-B-32", "vit_b32", False), ("ViT-B-16", "vit_b16", True)])
+def test_weights_of_open_clip_give_its_features(tmp_path, name, preset, wrapped):
+    """From its pixels theirs, from ours ours: the difference of the two normalisations is in the patch embedding."""
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.create_model(name).eval()
+    state = theirs.state_dict()
+    torch.save(dict(state_dict={"module." + key: x for key, x in state.items()}, epoch=3) if wrapped else state,
+               tmp_path / "theirs.pt")
+    weights = evaluate.read_weights(tmp_path / "theirs.pt")
+    ours = models.build(replace(models.PRESETS[preset], method="clip", **weights["changes"])).eval()
+    ours.load_state_dict(weights["model"])
+    pixels = torch.randint(256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens = open_clip.get_tokenizer(name)(["a dog", "two teddy bears in the snow, seen from afar"])
+    with torch.no_grad():
+        image = theirs.encode_image(data.normalize(pixels, evaluate.CLIP_MEAN, evaluate.CLIP_STD))
+        assert torch.allclose(ours.encode_image(data.normalize(pixels)), image, atol=1e-4)
+        assert torch.allclose(ours.encode_text(tokens), theirs.encode_text(tokens), atol=1e-4)
+
+
+@pytest.mark.peers
+def test_weights_of_a_timm_vit_are_taken_without_its_head(tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_base_patch16_224").eval()
+    torch.save(dict(model=theirs.state_dict() | {"mask_token": torch.zeros(1), "decoder_embed.weight": torch.zeros(1)}),
+               tmp_path / "mae.pth")  # MAE's file
+    weights = evaluate.read_weights(tmp_path / "mae.pth")
+    ours = models.build(replace(models.PRESETS["vit_b16"], method="clip", **weights["changes"])).eval()
+    missing, left = ours.load_state_dict(weights["model"], strict=False)
+    assert not left and not [name for name in missing if name.startswith("visual.")]
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(ours.visual(images), theirs.forward_features(images), atol=1e-4)
 
 
 def test_shards_in_val_do_not_fail_a_trained_run(shards, tmp_path, capsys):
@@ -199,8 +462,8 @@ def test_shards_in_val_do_not_fail_a_trained_run(shards, tmp_path, capsys):
     assert "retrieval not evaluated: no karpathy.json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(shards, tmp_path, number):
+def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(shards, tmp_path):
+    number = signal.SIGINT
     command = ["train.py", "--data", shards, "--out", tmp_path, "--epochs", 3, "--batch-size", 8, "--log-every", 1,
                "--workers", 2]
     run = start(command[:1], *command[1:], start_new_session=True)
@@ -290,6 +553,7 @@ def answer(main, arguments, monkeypatch, capsys):
     (["--data", "SHARDS", "--batch-size", "9999"], "64 pairs are fewer than one global batch"),
     (["--data", "SHARDS", "--resume", "none.pt"], "none.pt"),
     (["--data", "SHARDS", "--vocab-size", "9"], "vocab_size 9 is below 515"),
+    (["--data", "SHARDS", "--micro-batch", "3", "--batch-size", "8"], "--micro-batch 3 does not divide 8, a rank's"),
     (["--data", "SHARDS", "--epochs", "many"], "invalid int value: 'many'")])
 def test_train_answers_bad_input_with_one_sentence(shards, tmp_path, arguments, sentence, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
@@ -326,3 +590,58 @@ def test_a_shell_sees_the_sentence_and_the_status():
     out, err = run.communicate(timeout=60)
     assert run.returncode == 1 and out == "" and err.startswith("train.py: error: unknown --method 'clop'")
     assert err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- on a GPU
+
+def values(out, *names):
+    return np.array([[line[name] for name in names] for line in lines(out)])
+
+
+@pytest.mark.gpu
+def test_bf16_and_compiled_blocks_follow_float32_on_cuda(tmp_path):
+    """300 demo steps: bf16's losses, means over 50, differ from float32's by no more than another seed's do."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    data._draw_shard(folder, 0, 2000, 0)
+
+    def curve(name, **changes):
+        train.run(small(folder, tmp_path / name, epochs=10, batch_size=64, steps=300, workers=8,
+                        vocab_size=1024, **changes))
+        return values(tmp_path / name, "image", "text", "distill", "mlm").reshape(6, 50, 4).mean(1)
+    fp32, noise = curve("fp32", precision="fp32"), curve("seed", precision="fp32", seed=1)
+    for name, changes in dict(bf16=dict(precision="bf16"), compiled=dict(precision="bf16", compile=True)).items():
+        gap, spread = abs(curve(name, **changes) - fp32).mean(0), abs(noise - fp32).mean(0)
+        assert (gap <= np.maximum(spread, 0.01 * fp32.mean(0))).all(), (name, gap, spread)
+
+
+@pytest.mark.gpu
+def test_a_share_that_does_not_fit_is_taken_in_parts_on_cuda(shards, tmp_path, capsys):
+    """ViT-B/16, 64 pairs, in half of what they need: the parts are found, and the losses are those of the whole."""
+    given = dict(model="vit_b16", batch_size=64, precision="fp32", steps=2, epochs=3)
+    train.run(small(shards, tmp_path / "whole", **given))
+    peak = torch.cuda.max_memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((0.5 * peak + total // 10) / total)
+        train.run(small(shards, tmp_path / "parts", **given))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "pairs do not fit on the GPU" in capsys.readouterr().out
+    names = ("image", "text", "distill", "mlm")
+    assert values(tmp_path / "parts", *names) == pytest.approx(values(tmp_path / "whole", *names), rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", models.METHODS)
+def test_no_step_waits_for_the_gpu_but_those_that_log(shards, tmp_path, monkeypatch, method):
+    """Steps 3 and 4 of 5 run with waiting forbidden; only the first, the last and what is logged may wait."""
+    plain = train.Stop.__call__
+
+    def stop(self):  # asked at each step's end
+        self.steps = getattr(self, "steps", 0) + 1
+        torch.cuda.set_sync_debug_mode("error" if self.steps in (2, 3) else "default")
+        return plain(self)
+    monkeypatch.setattr(train.Stop, "__call__", stop)
+    train.run(small(shards, tmp_path, method=method, steps=5, log_every=100, micro_batch=8))
