@@ -471,13 +471,13 @@ OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour
 def curves(log, path, width=460, height=190):
     """Draw the curves of a log.jsonl over the steps as an SVG: two panels in a row, for a browser or a README."""
     records = [json.loads(line) for line in Path(log).read_text("utf-8").splitlines()]
-    drawn = []
+    drawn, steps = [], (records[0]["step"], records[-1]["step"]) if records else (0, 0)
     for title, names in PANELS.items():
         lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in names}
         lines = {name: points for name, points in lines.items() if points}
         if lines:
             x, y = len(drawn) % 2 * width, len(drawn) // 2 * height
-            drawn.append(f'<g transform="translate({x} {y})">{_panel(title, lines, width, height)}</g>')
+            drawn.append(f'<g transform="translate({x} {y})">{_panel(title, lines, steps, width, height)}</g>')
     size = 2 * width, -(-len(drawn) // 2) * height
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" '
             f'height="{size[1]}" font-family="sans-serif" font-size="12">')
@@ -485,22 +485,22 @@ def curves(log, path, width=460, height=190):
     write_atomically(Path(path), "\n".join(lines).encode())
 
 
-def _panel(title, lines, width, height, left=72, top=28, right=14, bottom=26):
+def _panel(title, lines, steps, width, height, left=72, top=28, right=14, bottom=26):
     """One panel of `curves`: title and names, values at the axes, and a line for each of {name: [(step, value)]}."""
-    xs, ys = zip(*(point for points in lines.values() for point in points))
-    low, high = min(ys), max(ys)
+    values = [value for points in lines.values() for _, value in points]
+    (first, last), low, high = steps, min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
 
     def place(step, value):
-        return (left + (width - left - right) * (step - min(xs)) / max(1, max(xs) - min(xs)),
+        return (left + (width - left - right) * (step - first) / max(1, last - first),
                 height - bottom - (height - top - bottom) * (value - low) / (high - low))
     out = [f'<text x="{left}" y="18" font-weight="bold" fill="#222">{title}</text>']
     for value in (low, (low + high) / 2, high):
-        y = place(min(xs), value)[1]
+        y = place(first, value)[1]
         out.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#ddd"/>'
                    f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:.3g}</text>')
-    for step, anchor in ((min(xs), "start"), (max(xs), "end")):
+    for step, anchor in ((first, "start"), (last, "end")):
         out.append(f'<text x="{place(step, low)[0]:.1f}" y="{height - 8}" text-anchor="{anchor}" fill="#555">'
                    f'step {step:,}</text>')
     end = width - right

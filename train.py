@@ -878,7 +878,9 @@ def loop(run):
             *means, bad = (sums / sums.new_tensor([place.world] * len(values) + [1])).tolist()
             values, bad = dict(zip(values, means)), int(bad)
             check(run, values, bad, saved_step)
+        pause = time.time()
         results = evaluations(run, ["zeroshot" if has_text else "linear"]) if evaluate_now else {}
+        clock += time.time() - pause
         scores = {name: next(iter(result["scores"].values())) for name, result in results.items()}
         if evaluate_now and not scores:
             place.say(f"--eval-every: no test set could be evaluated beside {run.pairs.sources[0].folder}")

@@ -381,6 +381,9 @@ def test_curves_show_what_the_log_holds(shards, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     evaluate.curves(tmp_path / "log.jsonl", tmp_path / "flat.svg")  # a constant, and a value that was not finite
     assert "nan" not in (tmp_path / "flat.svg").read_text()
+    (tmp_path / "log.jsonl").write_text("")
+    evaluate.curves(tmp_path / "log.jsonl", tmp_path / "none.svg")
+    assert ElementTree.parse(tmp_path / "none.svg").getroot().tag.endswith("svg")
 
 
 # ---------------------------------------------------------------- weights to start from
