@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import gc
 import itertools
 import json
@@ -570,25 +571,36 @@ def provenance():
 
 
 class Log:
-    """log.jsonl, opened to go on after `step` (what an interrupted run wrote later is cut off), and TensorBoard's file
-    beside it where that is installed."""
+    """log.jsonl, which one run at a time may write, and TensorBoard's file beside it where that is installed."""
 
-    def __init__(self, out, step):
-        path, end, self.pending = out / "log.jsonl", 0, b""
-        self.file = open(path, "ab", buffering=0)
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    def __init__(self, out):
+        self.out, self.path, self.pending, self.board = out, out / "log.jsonl", b"", None
+        self.file = open(self.path, "ab", buffering=0)
+        os.register_at_fork(after_in_child=self.file.close)  # the lock ends with this process, not with its loaders
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing to {out}: give another --out") from error
+        except OSError:  # a file system without locks
+            pass
+
+    def go_on(self, step):
+        """Cut off what an interrupted run wrote after `step`.  Raises ValueError for a file that is no log."""
+        end = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             try:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                     break
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"line {number} of {path} is none of a log: mend it or move the file away") from error
+                raise ValueError(f"line {number} of {self.path} is none of a log: mend it or move the file away"
+                                 ) from error
             end += len(line)
         self.file.truncate(end)
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out, purge_step=step + 1)
+            self.board = SummaryWriter(self.out, purge_step=step + 1)
         except ImportError:
-            self.board = None
+            pass
 
     def write(self, record):
         """One line.  What is not finite becomes null, for JSON has no word for it; a full disk gets it later."""
@@ -811,19 +823,27 @@ def make_step(run, batches):
     return step, share // size, batches
 
 
-def loop(run):
+def open_log(run):
+    """The log on rank 0, None on the others, as a context."""
+    if run.place.rank > 0:
+        return contextlib.nullcontext()
+    out = Path(run.config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out)
+    if run.source and run.source.resolve() != (out / "last.pt").resolve():
+        save(out, run.state(run.bad))  # before the log is cut: from here on this is where the run stands
+    log.go_on(run.step)
+    return contextlib.closing(log)
+
+
+def loop(run, log):
     """Step by step to the end or to a signal, then the report."""
     config, place, model, teacher, optimizer, scaler = (run.config, run.place, run.model, run.teacher, run.optimizer,
                                                         run.scaler)
     out = Path(config.out)
     stop_at, has_text = min(run.total, config.steps or run.total), "text" in model.needs
     step, parts, batches = make_step(run, iter(open_loader(run, stop_at)))
-    stop_now, log, saved_step = Stop(place), None, run.step
-    if place.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if run.source and run.source.resolve() != (out / "last.pt").resolve():
-            save(out, run.state(run.bad))  # before the log is cut: from here on this is where the run stands
-        log = Log(out, run.step)
+    stop_now, saved_step = Stop(place), run.step
     bar = tqdm(total=stop_at, initial=run.step, desc=config.method, unit="step", mininterval=1,
                disable=None if place.rank == 0 else True)  # a bar on a terminal, lines elsewhere
     named, results, stop, waited, seen, clock, saved_at = [], {}, False, 0.0, 0, time.time(), time.time()
@@ -920,8 +940,6 @@ def loop(run):
     bar.close()
     for number in data.STOPS:
         signal.signal(number, signal.SIG_DFL)
-    if log:
-        log.close()
     if run.step < stop_at:
         place.say(f"{stop_now.name or 'a signal'}: stopped after step {run.step} of {run.total}; "
                   f"the same command goes on from {out / 'last.pt'}")
@@ -976,7 +994,9 @@ def run(config):
     """
     place = join(config.timeout_minutes)
     try:
-        loop(open_run(config, place))
+        opened = open_run(config, place)
+        with open_log(opened) as log:
+            loop(opened, log)
     except torch.OutOfMemoryError as error:
         raise ValueError("out of GPU memory: give --micro-batch, or a smaller one, or --grad-checkpointing "
                          f"({str(error).partition('. ')[0]})") from error

@@ -235,7 +235,8 @@ class SmallDisk:
 
 
 def test_a_log_on_a_full_disk_waits_for_room_and_no_checkpoint_goes_ahead_of_it(tmp_path):
-    log = train.Log(tmp_path, 0)
+    log = train.Log(tmp_path)
+    log.go_on(0)
     log.file = disk = SmallDisk(log.file, 30)
     for step in range(1, 6):
         log.write(dict(step=step, lr=0.5))
@@ -310,6 +311,17 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_goes_on(world, tmp_path, 
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(world, tmp_path):
+    first = start(arguments(world, tmp_path, epochs=400, eval_every=0, workers=1))
+    wait_for_step(first, tmp_path, 9)
+    code, _, err = finish(start(arguments(world, tmp_path, epochs=400, eval_every=0, workers=1)))
+    assert code == 1 and f"another run is writing to {tmp_path}: give another --out" in err
+    first.kill()  # its loader is still there for some seconds
+    first.wait()
+    train.Log(tmp_path).go_on(10 ** 6)
+    assert steps_of(tmp_path) == list(range(1, len(steps_of(tmp_path)) + 1))
+
+
 def test_the_last_epochs_and_the_best_are_kept(world, tmp_path):
     train.run(train.parse(arguments(world, tmp_path, epochs=4, keep=2)))
     assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["best.pt", "epoch-3.pt", "epoch-4.pt", "last.pt"]
@@ -379,7 +391,7 @@ def test_what_is_no_checkpoint_is_one_sentence_with_its_name(tmp_path):
 def test_a_log_that_is_none_is_told(tmp_path, line):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + line + "\n")
     with pytest.raises(ValueError, match="line 2 of .*log.jsonl is none of a log"):
-        train.Log(tmp_path, 3)
+        train.Log(tmp_path).go_on(3)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n' + line + "\n"
 
 
