@@ -274,6 +274,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(world, tmp_path, undistur
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_an_error_and_spares_the_old_checkpoint(world, tmp_path):
     """A true failing write: no file of this process may grow beyond 5 MB, a fifth of a checkpoint."""
     assert finish(start(arguments(world, tmp_path, steps=3)))[0] == 0
@@ -311,6 +312,7 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_goes_on(world, tmp_path, 
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(world, tmp_path):
     first = start(arguments(world, tmp_path, epochs=400, eval_every=0, workers=1))
     wait_for_step(first, tmp_path, 9)
