@@ -48,8 +48,7 @@ def read_checkpoint(path):
 
 
 # What torch.load has been seen to raise on files that are spoilt or of another kind.
-DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError,
-           AssertionError, OverflowError, struct.error, OSError)
+DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, struct.error, OSError)
 
 
 def _load(path):

@@ -374,8 +374,8 @@ def test_what_is_no_checkpoint_is_one_sentence_with_its_name(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "last.pt"
     torch.save(dict(model_config={}, x=torch.zeros(100)), path)
     whole = path.read_bytes()
-    spoilt = [b"", bytes(20000), b"x" * 9999, *(rng.bytes(5000) for _ in range(200)),
-              *(b"\x80\x02" + rng.bytes(500) for _ in range(200)), *(whole[:n] for n in range(0, len(whole), 50))]
+    spoilt = [b"", bytes(20000), b"x" * 9999, b"\x80\x02X\x01", *(rng.bytes(5000) for _ in range(200)),
+              *(b"\x80\x02" + rng.bytes(300) for _ in range(3000)), *(whole[:n] for n in range(0, len(whole), 50))]
     for _ in range(200):
         at = rng.integers(len(whole) - 8)
         spoilt.append(whole[:at] + rng.bytes(8) + whole[at + 8:])
