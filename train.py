@@ -79,8 +79,8 @@ class TrainConfig:
     init: str = flag("", "start from these weights: ours, OpenAI CLIP's, open_clip's, a timm or MAE ViT's")
     precision: str = flag("auto", "fp32, or autocast to bf16 or fp16 (loss scaled); auto: bf16 on CUDA")
     micro_batch: int = flag(0, "pairs of a rank computed at a time, same result (GradCache); 0: what fits on the GPU")
-    grad_checkpointing: bool = flag(False, "keep each block's input alone: less memory, a third more time")
-    compile: bool = flag(False, "compile the transformer blocks: a minute at the start, faster steps on CUDA")
+    grad_checkpointing: bool = flag(False, "keep each block's input alone and compute the rest twice: less memory")
+    compile: bool = flag(False, "compile the transformer blocks; for CUDA")
     workers: int = flag(-1, "loader processes per rank; -1: by the number of cores")
     log_every: int = flag(10, "steps between lines of log.jsonl")
     eval_every: int = flag(0, "epochs between zero-shot evaluations (best.pt is the best), 0: at the end only")
@@ -400,16 +400,6 @@ def join(minutes):
                               f"{str(error).splitlines()[0]}") from error
 
 
-def first_of_all(place, name, function):
-    """function() on rank 0, then on the others, who wait for as long as it takes: reading all headers is no fault."""
-    while place.rank > 0 and not place.store.check([name]):
-        time.sleep(0.2)
-    result = function()
-    if place.rank == 0 and place.world > 1:
-        place.store.set(name, "done")
-    return result
-
-
 def lost_ranks(place):
     """The ranks that do not answer within ten seconds; rank 0 where the store itself, which it may keep, does not."""
     lost = [0]
@@ -419,6 +409,8 @@ def lost_ranks(place):
             place.store.set(f"here/{place.rank}", "")
             for _ in range(100):
                 lost[:] = [rank for rank in range(place.world) if not place.store.check([f"here/{rank}"])]
+                if not lost:
+                    break
                 time.sleep(0.1)
         except dist.DistError:
             lost[:] = [0]
@@ -688,7 +680,11 @@ def open_pairs(config, place):
 
     Raises ValueError where they, the batch and the ranks do not go together.
     """
-    pairs = first_of_all(place, "pairs", lambda: data.Pairs(config.data, config.root))
+    while place.rank > 0 and not place.store.check(["pairs"]):  # for as long as it takes to read all headers
+        time.sleep(0.2)
+    pairs = data.Pairs(config.data, config.root)
+    if place.rank == 0 and place.world > 1:
+        place.store.set("pairs", "ready")
     for line in pairs.damage:
         place.say(f"warning: {line}")
     if len(pairs) < config.batch_size == TrainConfig.batch_size:
@@ -1014,22 +1010,21 @@ def run(config):
 
 def main():
     """The command line."""
-    rank = os.environ.get("RANK")
+    rank, lost = os.environ.get("RANK"), False
     try:
         run(parse())
     except (OSError, ValueError) as error:
-        sentence = f"train.py: {'' if rank is None else f'rank {rank}: '}error: {str(error).splitlines()[-1]}"
-        if not isinstance(error, ConnectionError):
-            sys.exit(sentence)
-        print(sentence, file=sys.stderr, flush=True)
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()
-        os._exit(1)  # the end of the process group would wait for the lost rank once more
+        lost = isinstance(error, ConnectionError)
+        print(f"train.py: {'' if rank is None else f'rank {rank}: '}error: {str(error).splitlines()[-1]}",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:  # before the loop, which has its own way to stop
         sys.exit("train.py: interrupted before the first step")
     finally:
         for worker in torch.multiprocessing.active_children():
             worker.kill()  # after an error the loader's are still there, and they ignore SIGTERM
+        if lost:
+            os._exit(1)  # the end of the process group would wait for the lost rank once more
         if dist.is_initialized():
             gc.collect()  # DDP holds the group; gloo's threads must end before the interpreter does, or they abort it
             dist.destroy_process_group()

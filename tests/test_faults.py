@@ -1,5 +1,4 @@
 """What a week-long run survives: README's table of faults, a test for each row."""
-import json
 import os
 import re
 import resource
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import losses_of
 
 import data
 import evaluate
@@ -58,13 +58,6 @@ def start(arguments, fault="", ranks=0, tmp_path=None, options=()):
 def finish(run, timeout=240):
     out, err = run.communicate(timeout=timeout)
     return run.returncode, out, err
-
-
-def losses_of(out):
-    """The log without what the clock says."""
-    measured = ("pictures_per_s", "data_wait", "memory_gib")
-    return [{name: x for name, x in json.loads(line).items() if name not in measured}
-            for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
 def steps_of(out):
@@ -173,7 +166,7 @@ def test_kill_9_with_loader_processes(world, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_step_saves_and_exits_with_0(world, tmp_path, undisturbed, name):
     run = start(arguments(world, tmp_path))
     wait_for_step(run, tmp_path, 3)

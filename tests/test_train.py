@@ -45,6 +45,7 @@ def lines(out):
 
 
 def losses_of(out):
+    """The log without what the clock says."""
     measured = ("pictures_per_s", "data_wait", "memory_gib")
     return [{name: x for name, x in line.items() if name not in measured} for line in lines(out)]
 
@@ -239,6 +240,8 @@ def test_more_shards_than_before_are_refused(shards, tmp_path):
     shutil.copy(folder / "00000.tar", folder / "00001.tar")
     with pytest.raises(ValueError, match=r"was another .*\(64 pairs.* then, 128 pairs.* now\)"):
         train.run(small(folder, tmp_path / "run"))
+    train.run(small(folder, tmp_path / "run", force=True, steps=2))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
 def test_resume_from_a_path(shards, tmp_path):
