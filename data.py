@@ -15,6 +15,7 @@ import bisect
 import bz2
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -33,8 +34,9 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -868,7 +870,7 @@ def load_plain_pickle(path):
             np.lib.format.read_magic(file)
             if not np.lib.format.read_array_header_1_0(file)[2].hasobject:
                 raise ValueError("an array of numbers")
-        content = _Plain(file).load()
+        content = _Plain(file, encoding="latin1").load()  # Python 2's text and bytes are one kind
     return content.items if isinstance(content, _Plain.Array) else content
 
 
@@ -1096,10 +1098,12 @@ def distort(image, rng):
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
-def center_crop(image, size, resample=Image.BICUBIC):
-    """The evaluation view (CLIP): the shorter side resized to `size`, then the middle square, as torchvision rounds."""
-    short = min(image.size)
-    image = image.resize([size * side // short for side in image.size], resample)
+def center_crop(image, size, resample=Image.BICUBIC, short=None):
+    """The evaluation view (CLIP): the shorter side resized to `short` (else `size`), then the middle square.
+
+    As torchvision rounds.
+    """
+    image = image.resize([(short or size) * side // min(image.size) for side in image.size], resample)
     x, y = (round((side - size) / 2) for side in image.size)
     return image.crop((x, y, x + size, y + size))
 
@@ -1296,6 +1300,345 @@ class GlobalBatches(torch.utils.data.Sampler):
 
 # ---------------------------------------------------------------- evaluation sets
 
+PROMPTS = Path(__file__).with_name("prompts.json")
+
+
+@dataclass
+class TestSet:
+    """Labelled pictures to evaluate on (or to train a linear probe on)."""
+    name: str               # prompts.json's, or as given
+    place: Path             # where they were found
+    pictures: list          # each a path, (zip, name in it), or uint8 pixels (H, W) or (H, W, 3)
+    targets: torch.Tensor   # (n,) class numbers, or (n, C) of 0 and 1 where a picture may show several classes
+    names: list             # of each class its names, the first being the one to say
+    templates: list         # sentences with {} for the name
+    metric: str = ""        # the protocol's, for the sets of prompts.json
+    squash: bool = False    # resized to a square instead of cropped (KITTI in ELEVATER)
+    remarks: tuple = ()     # sentences that belong to the score
+
+
+@lru_cache
+def protocols():
+    """prompts.json: {name of a set: its metric, sizes, folders, templates, classes in order, its own labels}."""
+    return {name: facts for name, facts in json.loads(PROMPTS.read_text("utf-8")).items() if name != "sources"}
+
+
+def _plain(text):
+    """A spelling without case, spaces and hyphens."""
+    return "".join(c for c in str(text).lower() if c.isalnum())
+
+
+def homes(name, root):
+    """Where the set NAME is looked for: its folders of prompts.json under root, or NAME under root; and the path."""
+    facts = protocols().get(known_name(name), {})
+    return [*(Path(root, folder) for folder in facts.get("folders", [name])), Path(name)]
+
+
+def known_name(name):
+    """prompts.json's name for NAME, which may be spelled as one of its folders; else NAME."""
+    return next((key for key, facts in protocols().items() if _plain(name) in map(_plain, facts["folders"])), name)
+
+
+def test_set(name, root="data", split="test", names=None):
+    """The classification set NAME (of prompts.json, or a folder under root), or the path NAME.  -> TestSet
+
+    Layouts: ELEVATER's index and zips, CIFAR's batches, MNIST's idx, ImageNet's flat validation pictures with the
+    development kit, class folders.  names: a file of lines FOLDER<tab>NAME for class folders, else their words.txt.
+    Raises FileNotFoundError that says what was looked for, and ValueError where classes are missing, unknown, or in
+    another order than the protocol's: no score is better than a wrong one.
+    """
+    if name == "demo":
+        draw_demo(Path(root) / "demo")
+    name, places = known_name(name), homes(name, root)
+    facts = protocols().get(name, {})
+    found = next(filter(None, (layout(home, split, facts) for home in places if home.is_dir()
+                               for layout in (_elevater, _cifar, _mnist, _devkit, _sorted_folders))), None)
+    if not found:
+        wanted = ("ELEVATER's index and zips, CIFAR's batches, MNIST's idx files, ImageNet's val/ with the development "
+                  "kit or " if facts else "") + "class folders with pictures"
+        raise FileNotFoundError(f"no {split} set '{name}': looked for {wanted} in {', '.join(map(str, places))} "
+                                "(--root or $MASKCLIP_DATA name another place)")
+    place, pictures, labels, own, by_name = found
+    remarks = []
+    if facts:
+        if names:
+            raise ValueError(f"--names is for class folders of your own: the names of {name} are its protocol's")
+        spoken = [_listed(one) for one in facts["classes"]]
+        numbers = (_numbers_by_name if by_name else _numbers_in_order)(place, facts, own, remarks)
+        if len(pictures) != facts[split]:
+            remarks.append(f"{len(pictures):,} pictures, the protocol has {facts[split]:,}")
+    else:
+        said = _words(Path(names or place / "words.txt"), own, bool(names))
+        spoken = [[said.get(label, label.replace("_", " "))] for label in own]
+        numbers = list(range(len(own)))
+    targets = torch.zeros(len(pictures), len(spoken), dtype=torch.long)
+    for row, classes in enumerate(labels):
+        if not all(0 <= label < len(numbers) for label in classes):
+            raise ValueError(f"{place}: {picture_name(pictures[row])} has the label {max(classes)}, of {len(numbers)} "
+                             "classes counted from 0")
+        targets[row, [numbers[label] for label in classes]] = 1
+    if empty := [spoken[k][0] for k in (targets.sum(0) == 0).nonzero().flatten().tolist()]:
+        raise ValueError(f"{place}: no picture of {len(empty)} of {len(spoken)} classes: {', '.join(empty[:5])}")
+    if facts.get("metric") != "11point_mAP":
+        targets = targets.argmax(1)
+    return TestSet(str(name), place, pictures, targets, spoken, facts.get("templates") or templates_of(place),
+                   facts.get("metric", ""), facts.get("squash", False), tuple(remarks))
+
+
+def _listed(one):
+    return [one] if isinstance(one, str) else one
+
+
+def _spellings(facts):
+    """{spelling: the classes that it may stand for, the likeliest first}."""
+    rows = [[*_listed(one), *_listed(label)] for one, label in
+            zip(facts["classes"], facts.get("labels", [[]] * len(facts["classes"])), strict=True)]
+    known = {}
+    for column in zip_longest(*rows):
+        for k, spelling in enumerate(column):
+            if spelling is not None:
+                known.setdefault(_plain(spelling), []).append(k)
+    return known
+
+
+def _numbers_in_order(place, facts, own, remarks):
+    """Classes that an index numbers: its list of labels must be in the protocol's order.  -> list of int"""
+    count, known = len(facts["classes"]), _spellings(facts)
+    if own is None:
+        remarks.append("no labels.txt: the order of the classes was not checked")
+        return list(range(count))
+    if len(own) != count:
+        raise ValueError(f"{place} names {len(own)} classes: the protocol has {count}")
+    unknown = [label for label in own if _plain(label) not in known]
+    for k, label in enumerate(own):
+        if label not in unknown and k not in known[_plain(label)]:
+            raise ValueError(f"{place}: its classes are in another order than the protocol's: number {k} is '{label}' "
+                             f"here and '{_listed(facts['classes'][k])[0]}' in prompts.json")
+    if unknown and not (all(label.isdigit() for label in own) and own == sorted(own, key=int)):
+        remarks.append(f"the order of {len(unknown)} of {count} classes was not checked: prompts.json does not know "
+                       f"'{unknown[0]}'")
+    return list(range(count))
+
+
+def _numbers_by_name(place, facts, own, remarks):
+    """Classes that the data set names, in whatever order; or their numbers, from 0 or 1.  -> list of int"""
+    count, known = len(facts["classes"]), _spellings(facts)
+    if all(label.isdigit() for label in own):
+        first = min(map(int, own))
+        numbers = [int(label) - min(first, 1) for label in own]
+        if not known.keys() >= set(own):
+            remarks.append("the classes are called by numbers: their order was not checked")
+    else:
+        if unknown := [label for label in own if _plain(label) not in known]:
+            raise ValueError(f"{place}: {len(unknown)} of {len(own)} classes are unknown to prompts.json, the first is "
+                             f"'{unknown[0]}'; it knows {', '.join(list(known)[:3])} ...")
+        numbers = [known[_plain(label)][0] for label in own]
+    missing = sorted(set(range(count)) - set(numbers))
+    if missing or len(own) != count:
+        raise ValueError(f"{place}: {len(own)} classes, and the protocol has {count}; missing: "
+                         + (", ".join(_listed(facts["classes"][k])[0] for k in missing[:5]) or "none"))
+    return numbers
+
+
+def _words(file, own, given):
+    """{folder: name} of a names file.  Raises ValueError for a folder that is not there, or without a name."""
+    if not given and not file.is_file():
+        return {}
+    lines = [line.split("\t") for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if wrong := [line for line in lines if len(line) != 2]:
+        raise ValueError(f"{file}: '{wrong[0][0][:60]}' is no line FOLDER<tab>NAME")
+    said = {folder: name.split(",")[0].strip() for folder, name in lines}
+    if given and set(said) != set(own):
+        odd = sorted(set(said) ^ set(own))
+        raise ValueError(f"{file} and the class folders do not hold the same classes: {', '.join(odd[:5])}")
+    return said
+
+
+# The layouts: (folder, split, facts of prompts.json) -> None where it is another, or: place, pictures, labels (of each
+# picture a list of int), the data set's own name of each label (or None), whether these may be in any order.
+
+def _elevater(home, split, facts):
+    """An index with pictures in zips: lines ZIP@PATH LABEL[,LABEL..], or a COCO json; as vision-datasets has them."""
+    names = [f"{split}.txt", f"{split}_ic.txt", f"{split}_images.txt", f"{split}_meta.json", f"{split}.json"]
+    if len(facts.get("classes", ())) == 1000:
+        names = ["val.json" if split == "test" else "train.json"]
+    index = next((home / name for name in names if (home / name).is_file()), None)
+    if index is None:
+        return None
+    if index.suffix == ".txt":
+        lines = [line for line in index.read_text("utf-8").splitlines() if line.strip()]
+        if not lines or not re.fullmatch(r".+@.+\s\d+(,\d+)*", lines[0]):
+            return None  # another project's list
+        rows = [re.fullmatch(r"(.+?)@(.+)\s(\d+(?:,\d+)*)", line.strip()) for line in lines]
+        if None in rows:
+            raise ValueError(f"{index}, line {rows.index(None) + 1}: not ZIP@PATH LABEL")
+        pictures = [(home / row[1], row[2]) for row in rows]
+        labels = [list(map(int, row[3].split(","))) for row in rows]
+        listed = next((home / name for name in ("labels.txt", "labelmap.txt") if (home / name).is_file()), None)
+        own = listed and [line.strip() for line in listed.read_text("utf-8").splitlines() if line.strip()]
+    else:
+        try:
+            content = load_json(index.read_bytes())
+            kinds = sorted(content["categories"], key=lambda kind: kind["id"])
+            number = {kind["id"]: k for k, kind in enumerate(kinds)}
+            own, of = [kind["name"] for kind in kinds], {}
+            for note in content["annotations"]:
+                of.setdefault(note["image_id"], []).append(number[note["category_id"]])
+            places = [image.get("zip_file", "") + "@" * ("zip_file" in image) + image["file_name"]
+                      for image in content["images"]]
+            pictures = [(home / folder, path) for folder, path in (place.split("@", 1) for place in places)]
+            labels = [of[image["id"]] for image in content["images"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index} is no index of pictures and categories in COCO's form ({type(error).__name__}: "
+                             f"{error})") from error
+    if own is None and not facts:
+        raise ValueError(f"no labels.txt in {home}: the names of the classes of {index} are not known")
+    inside = {}
+    for file, path in pictures:
+        if file not in inside:
+            inside[file] = set(_zip(str(file), os.getpid()).namelist())
+        if path not in inside[file]:
+            raise ValueError(f"{file} does not hold {path}, which {index} names")
+    return index, pictures, labels, own, False
+
+
+def _cifar(home, split, facts):
+    """CIFAR's "python version": batches of 32 x 32 pixels, pickled by Python 2, whose constructors are not run."""
+    home = next((f for f in (home, home / "cifar-10-batches-py", home / "cifar-100-python")
+                 if (f / "batches.meta").is_file() or ((f / "meta").is_file() and (f / "test").is_file())), None)
+    if home is None or not facts:
+        return None
+    hundred = (home / "meta").is_file()
+    files = [split] if hundred else [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    pictures, labels = [], []
+    try:
+        own = load_plain_pickle(home / ("meta" if hundred else "batches.meta"))
+        own = own["fine_label_names" if hundred else "label_names"]
+        for name in files:
+            batch = load_plain_pickle(home / name)
+            raw = batch["data"].items
+            pixels = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, np.uint8)
+            pictures += list(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels += [[label] for label in batch["fine_labels" if hundred else "labels"]]
+    except (KeyError, TypeError, AttributeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{home} does not hold CIFAR's batches whole ({type(error).__name__}: {error})") from error
+    if len(pictures) != len(labels):
+        raise ValueError(f"{home}: {len(pictures)} pictures and {len(labels)} labels")
+    return home, pictures, labels, own, True
+
+
+def _mnist(home, split, facts):
+    """MNIST's idx files, packed or not."""
+    kind = "train" if split == "train" else "t10k"
+
+    def content(folder, what):
+        for name in (f"{kind}-{what}-ubyte", f"{kind}-{what}-ubyte.gz", f"{kind}-{what.replace('-', '.', 1)}-ubyte"):
+            if (folder / name).is_file():
+                raw = (folder / name).read_bytes()
+                return gzip.decompress(raw) if name.endswith(".gz") else raw
+        return None
+    for folder in (home, home / "raw", home / "MNIST/raw") if facts else ():
+        images, labels = content(folder, "images-idx3"), content(folder, "labels-idx1")
+        if images is None or labels is None:
+            continue
+        magic, count, rows, columns = struct.unpack(">4I", images[:16])
+        if magic != 2051 or len(images) != 16 + count * rows * columns or len(labels) != 8 + count:
+            raise ValueError(f"{folder}: MNIST's {kind} files are damaged: {count} pictures of {rows} x {columns} "
+                             f"announced, {len(images) - 16} pixels and {len(labels) - 8} labels there")
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(count, rows, columns)
+        return folder, list(pixels), [[label] for label in labels[8:]], [str(k) for k in range(10)], False
+    return None
+
+
+def _devkit(home, split, facts):
+    """ImageNet's validation pictures in one folder, and the labels of the development kit."""
+    if len(facts.get("classes", ())) != 1000 or split != "test":
+        return None
+    flat = {folder: [path for path in picture_files(folder) if re.search(r"_val_\d{8}$", path.stem)]
+            for folder in (home / "val", home / "ILSVRC2012_img_val", home) if folder.is_dir()}
+    folder, pictures = next(((folder, paths) for folder, paths in flat.items() if paths), (None, None))
+    if folder is None:
+        return None
+    kits = [home / part for part in ("ILSVRC2012_devkit_t12/data", "devkit/data", "data", ".")]
+    kit = next((kit for kit in kits if (kit / "ILSVRC2012_validation_ground_truth.txt").is_file()), None)
+    if kit is None or not (kit / "meta.mat").is_file():
+        raise FileNotFoundError(f"{folder} holds pictures without class folders, and there is no development kit with "
+                                f"ILSVRC2012_validation_ground_truth.txt and meta.mat in {', '.join(map(str, kits))}: "
+                                "unpack ILSVRC2012_devkit_t12.tar.gz there")
+    truth = list(map(int, (kit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()))
+    places = [int(path.stem[-8:]) - 1 for path in pictures]
+    if len(truth) != len(pictures) or places != list(range(len(truth))):
+        raise ValueError(f"{folder} holds {len(pictures)} pictures, and the ground truth in {kit} {len(truth)} labels")
+    return folder, pictures, [[label - 1] for label in truth], _wordnet_ids(kit / "meta.mat", facts["labels"]), True
+
+
+def _wordnet_ids(path, expected):
+    """The WordNet ids in the order of the development kit's labels 1 to 1,000, which is not that of the ids.
+
+    meta.mat is a MATLAB 5 file: 128 bytes, then elements (kind, size, content), packed by zlib where kind is 15.  Its
+    records stand in the order of their number, each with its id in ASCII or UTF-16.
+    """
+    raw, text = path.read_bytes(), b""
+    try:
+        start = 128
+        while start < len(raw):
+            kind, size = struct.unpack_from("<2I", raw, start)
+            part = raw[start + 8:start + 8 + size]
+            text += zlib.decompress(part) if kind == 15 else part
+            start += 8 + size
+    except (struct.error, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    ids = list(dict.fromkeys(found.decode() for found in re.findall(rb"n\d{8}", text.replace(b"\0", b""))))[:1000]
+    if sorted(ids) != sorted(expected) or ids[:2] != ["n02119789", "n02100735"]:
+        raise ValueError(f"{path} does not list ImageNet's 1,000 classes, kit fox first, then English setter")
+    return ids
+
+
+def _sorted_folders(home, split, facts):
+    """Class folders."""
+    parts = ("classes/test", "val", "test", "validation", ".") if split == "test" else ("classes/train", "train")
+    place = next((home / part for part in parts if (home / part).is_dir() and any(
+        picture_files(entry) for entry in (home / part).iterdir() if entry.is_dir())), None)
+    if place is None:
+        return None
+    paths, labels, own = class_folder(place)
+    labels = [[label] for label in labels]
+    if facts.get("metric") == "11point_mAP":  # a picture of several classes lies in several folders
+        shown = {}
+        for path, label in zip(paths, labels, strict=True):
+            shown.setdefault(path.name, (path, []))[1].extend(label)
+        paths, labels = map(list, zip(*shown.values(), strict=True))
+    return place, paths, labels, own, True
+
+
+@lru_cache(64)
+def _zip(path, process):
+    """An open zip, of this process alone: forked ones would share its place in the file."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no zip, or is cut off ({error})") from error
+
+
+def picture_name(picture):
+    """How messages call a picture of a TestSet."""
+    if isinstance(picture, np.ndarray):
+        return "a picture of the batch"
+    return "@".join(map(str, picture)) if isinstance(picture, tuple) else str(picture)
+
+
+def load_picture(picture):
+    """A picture of a TestSet -> RGB picture.  Raises ValueError that names it where it cannot be read."""
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture).convert("RGB")
+    try:
+        content = (_zip(str(picture[0]), os.getpid()).read(picture[1]) if isinstance(picture, tuple)
+                   else Path(picture).read_bytes())
+        return decode(content)
+    except (*BAD_IMAGE, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"cannot read the test picture {picture_name(picture)}: {error}") from error
+
+
 def class_folder(folder):
     """A folder with one folder of pictures per class.  -> paths, labels (list of int), class names (sorted)"""
     folder = Path(folder)
@@ -1323,17 +1666,20 @@ def karpathy(folder):
     "filepath" (COCO) a folder under images/.  Raises FileNotFoundError without one, ValueError for another format.
     """
     folder = Path(folder)
-    file = next((f for f in (folder / "karpathy.json", folder / "dataset.json") if f.is_file()), None)
+    files = [folder / "karpathy.json", folder / "dataset.json", *sorted(folder.glob("dataset_*.json"))]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"no karpathy.json or dataset.json in {folder.resolve()}: a retrieval set is a folder "
-                                "with that file (Karpathy's format) and its pictures in images/")
+        raise FileNotFoundError(f"no karpathy.json, dataset.json or dataset_*.json in {folder.resolve()}: a retrieval "
+                                "set is a folder with that file (Karpathy's format) and its pictures in images/")
+    homes = [folder / part for part in ("images", "flickr30k-images", "flickr30k_images", ".")]
     paths, texts, owners = [], [], []
     try:
         for image in json.loads(file.read_text("utf-8"))["images"]:
             if image["split"] == "test":
                 owners += [len(paths)] * len(image["sentences"])
                 texts += [sentence["raw"] for sentence in image["sentences"]]
-                paths.append(folder / "images" / image.get("filepath", "") / image["filename"])
+                name = Path(image.get("filepath", ""), image["filename"])
+                paths.append(next((home / name for home in homes if (home / name).is_file()), homes[0] / name))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a Karpathy json ({type(error).__name__}: {error})") from error
     if not paths:

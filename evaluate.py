@@ -1,29 +1,43 @@
-"""Frozen evaluation of a checkpoint: zero-shot, retrieval, linear probe, patch-word segmentation, word maps.
+"""Frozen evaluation of a checkpoint, ours or a peer's: zero-shot, retrieval, linear probe, patch-word segmentation.
 
-Sources: CLIP (prompt ensembles, linear probe by L-BFGS), CLIP_benchmark (recall), vision-evaluation (metrics),
-Zhou et al. 2022 (dense scores without training).  The newest checkpoint under runs/ is taken unless --checkpoint.
+Sources: CLIP (prompt ensembles, linear probe by L-BFGS), ELEVATER (ICinW), CLIP_benchmark (recall), vision-evaluation
+(metrics), MoCo v3 (linear probe by SGD), Zhou et al. 2022 (dense scores without training).  Names and templates of data
+sets stand in prompts.json.  The newest checkpoint under runs/ is taken unless --checkpoint.
 
-    python evaluate.py --zeroshot demo --retrieval demo --dense demo
-    python evaluate.py --zeroshot FOLDER/WITH/CLASS/FOLDERS --checkpoint runs/demo-maskclip/last.pt
+    python evaluate.py --zeroshot imagenet icinw --retrieval flickr30k coco --linear imagenet
+    python evaluate.py --zeroshot FOLDER/WITH/CLASS/FOLDERS --checkpoint runs/demo-maskclip/last.pt ViT-B-16.pt
     python evaluate.py --heatmap picture.png "a red star above a blue circle"
 """
 import argparse
+import dataclasses
+import glob
+import hashlib
+import io
 import json
+import math
 import os
 import pickle
+import platform
 import struct
+import subprocess
 import sys
+import time
+import zipfile
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
 import model as models
+import tokenizer as words
 from tokenizer import Tokenizer, write_atomically
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP
@@ -48,90 +62,289 @@ def read_checkpoint(path):
 
 
 # What torch.load has been seen to raise on files that are spoilt or of another kind.
-DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, struct.error, OSError)
+DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError,
+           struct.error, OSError, zipfile.BadZipFile)
+NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def weights_file(path):
+    """The file of weights: `path`, or Hugging Face's or open_clip's file in the folder `path`."""
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in NAMES if (path / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{path} is a folder without {', '.join(NAMES)}")
+        return found
+    return path
 
 
 def _load(path):
+    """What a file of weights holds, as a dict; no code in it is run."""
+    path = weights_file(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if program := next((name for name in archive.namelist() if name.endswith("/constants.pkl")), None):
+                    return _Script(archive, program.partition("/")[0]).state()
+        # A Namespace holds attributes and does nothing; SLIP's, MAE's and timm's files have their arguments in one.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         if isinstance(error, OSError) and error.filename:  # not there, no file, not ours to read
             raise
-        if "TorchScript" in str(error):
-            raise ValueError(f"{path} is a program (TorchScript, as OpenAI's downloads are), which is not run here: if "
-                             "you trust it, torch.save(torch.jit.load(PATH).state_dict(), NEW) and give NEW") from error
-        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged "
-                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
+        raise ValueError(f"{path} is not a checkpoint, or is damaged, or would run code, which is not done here "
+                         f"({type(error).__name__}: {_why(error)})") from error
     return state if isinstance(state, dict) else {}
 
 
-def read_weights(path):
-    """Weights to start from (train.py --init), in our names.  No code in the file is run.
+def _why(error):
+    """The telling line of torch.load's long messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])[:200]
 
-    -> {"model": {name: tensor}, "changes": {field of ModelConfig: value}}, and for our own checkpoints "tokenizer".
-    Known: our checkpoints; OpenAI's CLIP and open_clip's ViTs, whose normalisation of pixels is folded into the patch
-    embedding; timm's and MAE's ViTs, without their heads.  Raises FileNotFoundError, or ValueError for anything else.
+
+def read_safetensors(path):
+    """Hugging Face's format: the size of a JSON header (8 bytes), the header, the tensors' bytes.  -> {name: tensor}"""
+    kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+                 I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+    content = torch.from_numpy(np.memmap(path, np.uint8, "c"))
+    size = int.from_bytes(content[:8].numpy().tobytes(), "little")
+    if size > len(content) - 8:
+        raise ValueError(f"a header of {size} bytes in a file of {len(content)}")
+    header, body, tensors = json.loads(content[8:8 + size].numpy().tobytes()), content[8 + size:], {}
+    for name, facts in header.items():
+        if name != "__metadata__":
+            start, stop = facts["data_offsets"]
+            if not 0 <= start <= stop <= len(body):
+                raise ValueError(f"the file ends before {name}")
+            tensors[name] = body[start:stop].clone().view(kinds[facts["dtype"]]).view(facts["shape"])
+    return tensors
+
+
+class _Script(pickle.Unpickler):
+    """The tensors of a TorchScript archive, as OpenAI's downloads are: its program is neither read nor run."""
+
+    class Module:
+        """Stands for every class of the program; its state becomes its attributes."""
+
+    def __init__(self, archive, folder):
+        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
+        self.read = lambda name: archive.read(f"{folder}/data/{name}")
+
+    def find_class(self, module, name):
+        """Modules, tensors, lists of numbers; UnpicklingError for all else."""
+        if module.startswith("__torch__"):
+            return self.Module
+        kinds = dict(FloatStorage=torch.float32, HalfStorage=torch.float16, LongStorage=torch.int64,
+                     IntStorage=torch.int32, DoubleStorage=torch.float64, BoolStorage=torch.bool)
+        if module == "torch" and name in kinds:
+            return kinds[name]
+        plain = {"torch._utils._rebuild_tensor_v2": lambda rows, offset, size, stride, *_:
+                 rows.as_strided(size, stride, offset), "collections.OrderedDict": dict,
+                 **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")}}
+        if f"{module}.{name}" not in plain:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded")
+        return plain[f"{module}.{name}"]
+
+    def persistent_load(self, key):
+        """A storage: ("storage", kind, name, device, count) -> 1-d tensor"""
+        _, kind, name, _, _ = key
+        return torch.frombuffer(bytearray(self.read(name)), dtype=kind)
+
+    def state(self):
+        """-> {dotted name: tensor}, and "torchscript": True"""
+        def tensors(module, prefix=""):
+            for name, x in vars(module).items():
+                if isinstance(x, torch.Tensor):
+                    yield prefix + name, x
+                elif isinstance(x, self.Module):
+                    yield from tensors(x, f"{prefix}{name}.")
+        return dict(tensors(self.load())) | {"torchscript": True}
+
+
+# ---------------------------------------------------------------- other projects' weights, in our names
+
+FORMATS = ("our checkpoints; OpenAI's CLIP, open_clip's and SLIP's weights; Hugging Face's CLIPModel; timm's and MAE's "
+           "ViTs with a class token")
+HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, -g, -G (open_clip, MAE); the others have heads of 64
+
+
+def read_weights(path):
+    """Any weights that are known here (FORMATS), in our names.  No code in the file is run.
+
+    -> {"model": {name: tensor}, "config": ModelConfig, "remarks": [str]}, and for our own checkpoints "tokenizer".
+    config.method names the kind: "slip", "simclr", "mae" and "vit" come without heads and decoders.  A normalisation of
+    pixels other than ours is folded into the patch embedding.  Raises FileNotFoundError, or ValueError for all else.
     """
-    state = _load(path)
+    state, file = _load(path), weights_file(path)
     if {"model_config", "model", "tokenizer"} <= state.keys():
-        own = {name: state["model_config"][name] for name in ("quick_gelu", "pre_norm", "patch_bias", "image_norm_eps")}
-        return dict(model=state["model"], changes=own, tokenizer=state["tokenizer"])
+        try:
+            config = models.ModelConfig(**state["model_config"])
+        except TypeError as error:
+            raise ValueError(f"{path} does not fit this version of model.py: {error}") from error
+        return dict(model=state["model"], config=config, remarks=[], tokenizer=state["tokenizer"])
     for key in ("state_dict", "model"):  # training scripts put it there
         state = state[key] if isinstance(state.get(key), dict) else state
+    openai = "torchscript" in state or "input_resolution" in state
     state = {str(name).removeprefix("module."): x for name, x in state.items() if isinstance(x, torch.Tensor)}
-    if {"visual.conv1.weight", "visual.class_embedding", "visual.proj", "text_projection", "ln_final.weight",
-            "token_embedding.weight"} <= state.keys():
-        openai = "input_resolution" in state  # these have QuickGELU; of open_clip's, few have
-        return dict(model=_from_clip(state), changes=dict(pre_norm=True, image_norm_eps=1e-5, quick_gelu=(openai,) * 2))
-    if "blocks.0.attn.qkv.weight" in state and "patch_embed.proj.weight" in state:
-        heads = ("head.", "fc_norm.", "decoder", "mask_token")
-        return dict(model={f"visual.{name}": x for name, x in state.items() if not name.startswith(heads)}, changes={})
-    raise ValueError(f"{path} holds no weights that are known here: our checkpoints, OpenAI CLIP's, open_clip's, "
-                     f"timm's or MAE's ViTs; its first keys are {', '.join(list(map(str, state))[:4])}")
+    beside = {}
+    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
+        if (file.parent / name).is_file() and file.name in NAMES:
+            beside |= json.loads((file.parent / name).read_text("utf-8"))
+    text = {"token_embedding.weight", "text_projection", "ln_final.weight", "positional_embedding"}
+    if text | {"visual.conv1.weight", "visual.class_embedding", "visual.proj"} <= state.keys():
+        return _clip(state, beside, openai)
+    if "visual.patch_embed.proj.weight" in state and (text | {"image_projection"} <= state.keys() or
+                                                      "image_mlp.layer1.weight" in state):
+        return _slip(state)
+    if {"vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"} <= state.keys():
+        return _hugging_face(state, beside)
+    if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "cls_token", "norm.weight"} <= state.keys():
+        return _timm(state, beside)
+    raise ValueError(f"{path} holds no weights that are known here ({FORMATS}); its first keys are "
+                     f"{', '.join(list(state)[:4]) or 'none'}")
 
 
-def _from_clip(state):
-    """OpenAI's names -> ours.  Their pixels are ours * a + b: a goes into the patch embedding, b into its bias."""
+def _renamed(state, prefix, renames):
+    """Names that start with `prefix` and hold a part of `renames` -> ours, in float32; the others are left out."""
     ours = {}
     for name, x in state.items():
-        for old, new in (("transformer.resblocks", "blocks"), ("ln_1", "norm1"), ("ln_2", "norm2"), ("c_fc", "fc1"),
-                         ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("ln_pre", "norm_pre"),
-                         ("ln_post", "norm"), ("positional_embedding", "pos_embed")):
-            name = name.replace(old, new)
-        ours[name] = x.float()
-    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-    a = torch.tensor(data.IMAGENET_STD) / std
-    b = (torch.tensor(data.IMAGENET_MEAN) - mean) / std
-    conv = ours.pop("visual.conv1.weight")
-    # a row for [MASK], and the names that hold a part of ours
-    ours |= {"visual.patch_embed.proj.weight": conv * a[:, None, None],
-             "visual.patch_embed.proj.bias": (conv * b[:, None, None]).sum((1, 2, 3)),
-             "visual.cls_token": ours.pop("visual.class_embedding")[None, None],
-             "visual.pos_embed": ours["visual.pos_embed"][None],
-             "image_projection.weight": ours.pop("visual.proj").T,
-             "text_projection.weight": ours.pop("text_projection").T}
-    for name in [name for name in ours if name.startswith(("blocks.", "pos_embed", "token_embedding"))]:
-        ours["text." + name] = ours.pop(name)
-    words = ours["text.token_embedding.weight"]
-    ours["text.token_embedding.weight"] = torch.cat([words, words.new_zeros(1, words.size(1))])
-    ours |= {f"text.norm.{kind}": ours.pop(f"ln_final.{kind}") for kind in ("weight", "bias")}
-    return {name: x for name, x in ours.items() if name not in ("input_resolution", "context_length", "vocab_size",
-                                                               "attn_mask")}
+        if name.startswith(prefix):
+            for old, new in renames:
+                name = name.replace(old, new)
+            ours[name] = x.float()
+    return ours
+
+
+# parts of CLIP's names -> ours
+CLIP_BLOCK = (("transformer.resblocks", "blocks"), ("ln_1", "norm1"), ("ln_2", "norm2"), ("c_fc", "fc1"),
+              ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("positional_embedding", "pos_embed"))
+
+
+def _finished(ours, method, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, remarks=(), **known):
+    """Folds the normalisation of pixels into the patch embedding, finds the shapes.  -> what read_weights returns"""
+    a = torch.tensor(data.IMAGENET_STD) / torch.tensor(std)  # their pixels are ours * a + b
+    b = (torch.tensor(data.IMAGENET_MEAN) - torch.tensor(mean)) / torch.tensor(std)
+    conv = ours["visual.patch_embed.proj.weight"]
+    ours["visual.patch_embed.proj.weight"] = conv * a[:, None, None]
+    ours["visual.patch_embed.proj.bias"] = (ours.get("visual.patch_embed.proj.bias", 0)
+                                            + (conv * b[:, None, None]).sum((1, 2, 3)))
+    width, _, patch, _ = conv.shape
+    side = math.isqrt(ours["visual.pos_embed"].size(1) - 1)
+    if side ** 2 + 1 != ours["visual.pos_embed"].size(1):
+        raise ValueError(f"{ours['visual.pos_embed'].size(1)} positions are no square of patches and a class token")
+
+    def depth(tower):
+        return sum(name.startswith(f"{tower}.blocks.") and name.endswith("norm1.weight") for name in ours)
+    shapes = dict(image_size=side * patch, patch_size=patch, width=width, depth=depth("visual"),
+                  heads=HEADS.get(width, width // 64))
+    if "text.token_embedding.weight" in ours:
+        words = ours["text.token_embedding.weight"]
+        if len(words) != 49408:
+            raise ValueError(f"its vocabulary has {len(words)} tokens: only CLIP's of 49,408 is known here")
+        ours["text.token_embedding.weight"] = torch.cat([words, words.new_zeros(1, words.size(1))])  # [MASK]
+        shapes |= dict(context_length=len(ours["text.pos_embed"]), text_width=words.size(1), text_depth=depth("text"),
+                       text_heads=words.size(1) // 64, embed_dim=len(ours["text_projection.weight"]), vocab_size=49409)
+    config = models.ModelConfig(method=method, **(shapes | known))
+    return dict(model=ours, config=config, remarks=list(remarks))
+
+
+def _clip(state, beside, openai):
+    """OpenAI's CLIP and open_clip's."""
+    ours = _renamed(state, "visual.", (("visual.transformer.resblocks", "visual.blocks"), ("ln_pre", "norm_pre"),
+                                       ("ln_post", "norm"), *CLIP_BLOCK))
+    ours["visual.patch_embed.proj.weight"] = ours.pop("visual.conv1.weight")
+    ours["visual.cls_token"] = ours.pop("visual.class_embedding")[None, None]
+    ours["visual.pos_embed"] = ours["visual.pos_embed"][None]
+    ours["image_projection.weight"] = ours.pop("visual.proj").T
+    config, view = beside.get("model_cfg", {}), beside.get("preprocess_cfg", {})
+    quick, remarks = openai or config.get("quick_gelu", False), []
+    if not openai and "model_cfg" not in beside:  # the keys are the same for both
+        remarks = ["the file does not say whether its towers have GELU or QuickGELU: GELU taken, as in open_clip's "
+                   "models without 'quickgelu' in their names"]
+    known = dict(pre_norm=True, image_norm_eps=1e-5, quick_gelu=(quick, quick))
+    if "head_width" in config.get("vision_cfg", {}):
+        known["heads"] = config["vision_cfg"]["width"] // config["vision_cfg"]["head_width"]
+    return _finished(ours | _clip_text(state), "clip", view.get("mean", CLIP_MEAN), view.get("std", CLIP_STD), remarks,
+                     **known)
+
+
+def _clip_text(state):
+    """The text tower of OpenAI's CLIP, open_clip and SLIP."""
+    parts = ("transformer.resblocks.", "positional_embedding", "token_embedding", "ln_final")
+    ours = {f"text.{name}": x for name, x in _renamed(state, parts, (*CLIP_BLOCK, ("ln_final", "norm"))).items()}
+    return ours | {"text_projection.weight": state["text_projection"].float().T,
+                   "logit_scale": state["logit_scale"].float()}
+
+
+def _slip(state):
+    """SLIP's CLIP, SLIP and SimCLR: timm's ViT, 12 heads in ViT-S; evaluated through bilinear resizing."""
+    ours = _renamed(state, "visual.", ())
+    kind = "clip" if "image_projection" in state else "simclr"
+    if kind == "clip":
+        kind = "slip" if "image_mlp.layer1.weight" in state else "clip"
+        ours |= _clip_text(state) | {"image_projection.weight": state["image_projection"].float().T}
+    width = len(ours["visual.patch_embed.proj.weight"])
+    return _finished(ours, kind, interpolation="bilinear", heads=16 if width == 1024 else 12)
+
+
+def _hugging_face(state, beside):
+    """Hugging Face's CLIPModel."""
+    renames = (("vision_model.", "visual."), ("text_model.", "text."), ("encoder.layers", "blocks"),
+               ("layer_norm", "norm"), ("self_attn.out_proj", "attn.proj"), ("pre_layrnorm", "norm_pre"),
+               ("post_layernorm", "norm"), ("final_norm", "norm"), ("final_layer_norm", "norm"),
+               ("embeddings.patch_embedding", "patch_embed.proj"), ("embeddings.token_embedding", "token_embedding"),
+               ("embeddings.position_embedding.weight", "pos_embed"), ("embeddings.class_embedding", "cls_token"),
+               ("visual_projection", "image_projection"))
+    ours = _renamed({name: x for name, x in state.items() if not name.endswith("position_ids")},
+                    ("vision_model.", "text_model.", "visual_projection", "text_projection", "logit_scale"), renames)
+    for name in [name for name in ours if ".self_attn.q_proj." in name]:
+        parts = [ours.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        ours[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(parts)
+    ours["visual.cls_token"] = ours["visual.cls_token"][None, None]
+    ours["visual.pos_embed"] = ours["visual.pos_embed"][None]
+    towers = [beside.get(f"{tower}_config") or {} for tower in ("vision", "text")]
+    known = dict(pre_norm=True, image_norm_eps=towers[0].get("layer_norm_eps", 1e-5),
+                 quick_gelu=tuple(tower.get("hidden_act", "quick_gelu") == "quick_gelu" for tower in towers))
+    for tower, field in zip(towers, ("heads", "text_heads"), strict=True):
+        if "num_attention_heads" in tower:
+            known[field] = tower["num_attention_heads"]
+    remarks = [] if beside else ["no config.json beside the file: QuickGELU, CLIP's mean and deviation of pixels taken"]
+    return _finished(ours, "clip", beside.get("image_mean", CLIP_MEAN), beside.get("image_std", CLIP_STD), remarks,
+                     **known)
+
+
+def _timm(state, beside):
+    """timm's and MAE's ViTs, without their heads and decoders."""
+    heads = ("head.", "fc_norm.", "decoder", "mask_token")
+    ours = {f"visual.{name}": x.float() for name, x in state.items() if not name.startswith(heads)}
+    view = beside.get("pretrained_cfg", {})
+    remarks = [] if view else ["the file does not name the mean and deviation of its pixels: ImageNet's taken (MAE and "
+                               "DeiT have these; some of timm's have 0.5)"]
+    return _finished(ours, "mae" if "mask_token" in state else "vit", view.get("mean", data.IMAGENET_MEAN),
+                     view.get("std", data.IMAGENET_STD), remarks)
 
 
 def load_model(path):
-    """A checkpoint of train.py -> (model in eval mode, tokenizer; None for methods without text).
+    """Any weights that read_weights knows -> (model in eval mode, tokenizer; None for models without text).
 
     Raises FileNotFoundError, or ValueError for what is no checkpoint, is damaged, or is of another version.
     """
-    state = read_checkpoint(path)
+    weights = read_weights(path)
+    config, has_text = weights["config"], "text_projection.weight" in weights["model"]
     try:
-        model = models.build(models.ModelConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit this version of model.py: {why}") from error
-    return model.eval(), saved_tokenizer(state) if hasattr(model, "text") else None
+        if "tokenizer" in weights:
+            model = models.build(config)
+        else:
+            model = (models.CLIP if has_text else models.VisionModel)(config)
+        model.load_state_dict(weights["model"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from error
+    model.remarks = weights["remarks"]
+    tokenizer = (saved_tokenizer(weights) if "tokenizer" in weights else Tokenizer.clip()) if has_text else None
+    return model.eval(), tokenizer
 
 
 def saved_tokenizer(state):
@@ -146,28 +359,47 @@ def _device(model):
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """Picture files -> uint8 pixels (H, W, 3), by the evaluation view."""
+    """Pictures of a data.TestSet, or paths -> uint8 pixels (H, W, 3), by a view: function(picture) -> PIL picture."""
 
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
+    def __init__(self, pictures, view):
+        self.pictures, self.view = pictures, view
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.pictures)
 
     def __getitem__(self, i):
         """Raises ValueError that names the file where it cannot be read: no test picture is ever left out."""
-        try:
-            image = data.decode(Path(self.paths[i]).read_bytes())
-        except data.BAD_IMAGE as error:
-            raise ValueError(f"cannot read the test picture {self.paths[i]}: {error}") from error
-        return torch.from_numpy(np.array(data.center_crop(image, self.size)))
+        return torch.from_numpy(np.array(self.view(data.load_picture(self.pictures[i]))))
+
+
+RESAMPLE = dict(bicubic=Image.BICUBIC, bilinear=Image.BILINEAR)
+
+
+def evaluation_view(config, squash=False):
+    """The format's own view: resized (ModelConfig.interpolation) and cropped, or squashed to a square."""
+    resample = RESAMPLE[config.interpolation]
+    if squash:
+        return partial(Image.Image.resize, size=(config.image_size, config.image_size), resample=resample)
+    return partial(data.center_crop, size=config.image_size, resample=resample)
+
+
+def loader_processes(count):
+    """How many a rank starts for `count` pictures; a small set is done before one has started."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, (os.cpu_count() or 1) // here, count // 1000)
+
+
+def ranks():
+    """-> rank, number of ranks"""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 def shared_out(encode, items):
     """encode(items) -> (n, ...) on the CPU, each rank doing its part: every item once, none added to even parts out."""
-    if not (dist.is_available() and dist.is_initialized()):
+    rank, world = ranks()
+    if world == 1:
         return encode(items)
-    rank, world = dist.get_rank(), dist.get_world_size()
     mine, error, parts = items[rank::world], None, [None] * world
     try:
         mine = encode(mine) if mine else None
@@ -184,17 +416,48 @@ def shared_out(encode, items):
     return rows
 
 
+def on_first_rank(function):
+    """function() on rank 0 -> its value on all ranks, which wait.  Its OSError or ValueError is raised on all."""
+    got = [None, None]
+    if ranks()[0] == 0:
+        try:
+            got[0] = function()
+        except (OSError, ValueError) as error:
+            got[1] = error
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(got)
+    if got[1]:
+        raise got[1]
+    return got[0]
+
+
+def quiet():
+    """tqdm's `disable`: one bar, on a terminal; train.py and torchrun may have many ranks."""
+    return None if os.environ.get("RANK", "0") == "0" else True
+
+
+def finite(rows):
+    """The rows; ValueError where the model gave numbers that are none: every comparison with them would be wrong."""
+    if not rows.isfinite().all():
+        raise ValueError(f"the model's features are not finite for {(~rows.flatten(1).isfinite().all(1)).sum()} of "
+                         f"{len(rows)} inputs: is this a run that diverged?")
+    return rows
+
+
 @torch.no_grad()
-def encode_pictures(encode, paths, model, batch_size=256):
-    """encode(pixels (B, 3, H, W) normalised) over picture files, in order.  -> float32 on the CPU (n, ...)"""
-    def encoded(paths):
-        pictures = _Pictures(paths, model.config.image_size)
-        workers = min(8, os.cpu_count() or 1, len(paths) // 2000)  # a small set is done before a worker has started
-        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=workers)
-        # one bar, on a terminal; train.py and torchrun may have many ranks
-        bar = tqdm(loader, "pictures", disable=None if os.environ.get("RANK", "0") == "0" else True, leave=False)
+def encode_pictures(encode, pictures, model, view=None, batch_size=256):
+    """encode(pixels (B, 3, H, W) normalised) over pictures, in order.  -> float32 on the CPU (n, ...)"""
+    def encoded(pictures):
+        loader = torch.utils.data.DataLoader(_Pictures(pictures, view or evaluation_view(model.config)), batch_size,
+                                             num_workers=loader_processes(len(pictures)))
+        bar = tqdm(loader, "pictures", disable=quiet(), leave=False)
         return torch.cat([encode(data.normalize(batch.to(_device(model)))).float().cpu() for batch in bar])
-    return shared_out(encoded, paths)
+    return finite(shared_out(encoded, pictures))
+
+
+def encode_unit(model, pictures, view=None):
+    """Unit image features (n, E) of pictures."""
+    return F.normalize(encode_pictures(model.encode_image, pictures, model, view), dim=1)
 
 
 @torch.no_grad()
@@ -204,22 +467,73 @@ def encode_texts(model, tokenizer, texts, batch_size=512):
         tokens = [tokenizer(text, model.config.context_length)[0] for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         out = torch.empty(len(texts), model.config.embed_dim)
-        for start in range(0, len(order), batch_size):
+        for start in tqdm(range(0, len(order), batch_size), "texts", disable=quiet(), leave=False):
             part = order[start:start + batch_size]
             rows = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
             out[part] = F.normalize(model.encode_text(rows.to(_device(model))).float(), dim=1).cpu()
         return out
-    return shared_out(encoded, texts)
+    return finite(shared_out(encoded, texts))
 
 
 def zeroshot_classifier(model, tokenizer, classnames, templates):
     """One row per class: the mean of the unit features of its prompts, made unit again (CLIP).  -> (C, E)
 
-    templates: sentences with {} in the place of the class name.
+    templates: sentences with {} in the place of the class name.  A class may be a list of names (SLIP).
     """
-    prompts = [template.replace("{}", name) for name in classnames for template in templates]
-    features = encode_texts(model, tokenizer, prompts)
-    return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=1)
+    names = [[one] if isinstance(one, str) else one for one in classnames]
+    prompts = [template.replace("{}", name) for several in names for name in several for template in templates]
+    features = encode_texts(model, tokenizer, prompts).split([len(several) * len(templates) for several in names])
+    return F.normalize(torch.stack([rows.mean(0) for rows in features]), dim=1)
+
+
+class Cache:
+    """Keeps what took long beside a checkpoint (in the user's cache where that folder is read-only); None: nothing.
+
+    Found again by all that it depends on: the checkpoint's bytes, our code, and a key.
+    """
+
+    def __init__(self, path=None):
+        self.path = path and weights_file(path)
+        if path:
+            with open(self.path, "rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _suffix(self, what, key):
+        digest = hashlib.sha256(repr((self.sha256, key)).encode())
+        for module in (data, models, words, sys.modules[__name__]):
+            digest.update(Path(module.__file__).read_bytes())
+        return f".{what}-{self.sha256[:8]}-{digest.hexdigest()[:16]}.pt"
+
+    def read(self, what, key):
+        """What was written under this name and key, or None; the same on all ranks."""
+        if not self.path:
+            return None
+        place = on_first_rank(lambda: data.made(self.path, self._suffix(what, key)))
+        return place and torch.load(place, weights_only=True)
+
+    def write(self, what, key, value):
+        """A tensor, or a dict of such; what belongs to weights that the file no longer holds goes.
+
+        A full disk is a warning.
+        """
+        if self.path and ranks()[0] == 0:
+            place = data.to_make(self.path, self._suffix(what, key))
+            try:
+                for old in place.parent.glob(f"{glob.escape(self.path.name)}.{what}-????????-{'?' * 16}.pt"):
+                    if f".{what}-{self.sha256[:8]}-" not in old.name:
+                        old.unlink(missing_ok=True)
+                with data.making(place) as file:
+                    torch.save(value, file)
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer on a full disk
+                print(f"warning: {what} not kept for the next time: {error}", file=sys.stderr)
+
+    def __call__(self, what, key, make):
+        """What was written under this name and key, or make(), which all ranks call together, and which is kept."""
+        value = self.read(what, key)
+        if value is None:
+            value = make()
+            self.write(what, key, value)
+        return value
 
 
 # ---------------------------------------------------------------- metrics: tensors or arrays -> float in [0, 1]
@@ -274,45 +588,94 @@ def roc_auc(scores, targets):
 def recall_at_k(similarity, text_to_image, ks=(1, 5, 10)):
     """similarity (n_images, n_texts), text_to_image (n_texts,) -> {"i2t": {k: r}, "t2i": {k: r}}  (CLIP_benchmark)
 
-    i2t: share of images with at least one own text among the k most similar; t2i: share of texts whose image is.
+    i2t: share of images with at least one own text among the k most similar; t2i: share of texts whose image is.  Of
+    equals the own one comes last: a model that tells nothing apart recalls nothing.
     """
     similarity, text_to_image = torch.as_tensor(similarity), torch.as_tensor(text_to_image)
-    images = torch.arange(len(similarity))
+    own = _own_texts(text_to_image, len(similarity))
+    ahead = dict(i2t=_ahead(similarity, own), t2i=_ahead(similarity.T, text_to_image[:, None]))
+    return {way: {k: (counts < k).float().mean().item() for k in ks} for way, counts in ahead.items()}
 
-    def recall(rows, is_own):
-        top = rows.topk(min(max(ks), rows.size(1)), dim=1).indices
-        hit = is_own(top)
-        return {k: hit[:, :k].any(1).float().mean().item() for k in ks}
-    return dict(i2t=recall(similarity, lambda top: text_to_image[top] == images[:, None]),
-                t2i=recall(similarity.T, lambda top: top == text_to_image[:, None]))
+
+def recall_of_features(images, texts, text_to_image, ks=(1, 5, 10), block=2 ** 26):
+    """recall_at_k of unit features (n, E), (m, E), of whose (n, m) similarities only `block` are held at a time."""
+    text_to_image = torch.as_tensor(text_to_image)
+    own = dict(i2t=_own_texts(text_to_image, len(images)), t2i=text_to_image[:, None])
+    recall = {}
+    for way, rows, columns in (("i2t", images, texts), ("t2i", texts, images)):
+        size = max(1, block // len(columns))
+        counts = torch.cat([_ahead(part @ columns.T, mine) for part, mine in
+                            zip(rows.split(size), own[way].split(size), strict=True)])
+        recall[way] = {k: (counts < k).float().mean().item() for k in ks}
+    return recall
+
+
+def _own_texts(text_to_image, n_images):
+    """The texts of each image, (n_images, most texts of one), -1 where it has fewer."""
+    counts = torch.bincount(text_to_image, minlength=n_images)
+    order = text_to_image.argsort(stable=True)
+    own = torch.full((n_images, max(1, int(counts.max()))), -1)
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[text_to_image[order]]
+    own[text_to_image[order], place] = order
+    return own
+
+
+def _ahead(similarity, own):
+    """How many others are at least as similar as the best of a row's own columns, own (rows, few), -1 for none."""
+    mine = similarity.gather(1, own.clamp(min=0)).masked_fill(own < 0, -torch.inf)          # (rows, few)
+    best = mine.amax(1, keepdim=True)
+    return (similarity >= best).sum(1) - (mine >= best).sum(1)
 
 
 # ---------------------------------------------------------------- evaluations
-# Each returns a dict: "scores" {name: share in [0, 1]}, "chance" (of the first score), "over" (what was counted).
+# Each returns a dict: "scores" {name: share in [0, 1]}, "chance" (of the first score), "over" (what was counted), and
+# "protocol" (what one must know to compare the score).
 
-def zeroshot(model, tokenizer, folder):
-    """Zero-shot classification of a class folder (CLIP).  "per_class" holds each class's recall."""
-    paths, labels, names = data.class_folder(folder)
-    spoken = [name.replace("_", " ") for name in names]
-    classifier = zeroshot_classifier(model, tokenizer, spoken, data.templates_of(folder))
-    scores, targets = encode_unit(model, paths) @ classifier.T, torch.tensor(labels)
-    return dict(scores={"top-1": accuracy(scores, targets), "mean per class": mean_per_class(scores, targets)},
-                chance=1 / len(names), over=f"{len(paths)} pictures of {len(names)} classes",
-                per_class={name: accuracy(scores[targets == c], c) for c, name in enumerate(names)})
+NO_CACHE = Cache()
+METRICS = {"accuracy": accuracy, "mean-per-class": mean_per_class, "11point_mAP": map_11point, "roc_auc": roc_auc}
 
 
-def encode_unit(model, paths):
-    """Unit image features (n, E) of picture files."""
-    return F.normalize(encode_pictures(model.encode_image, paths, model), dim=1)
+def zeroshot(model, tokenizer, tests, cache=NO_CACHE, synonyms=False):
+    """Zero-shot classification (CLIP) of a data.TestSet or a class folder.  "per_class" holds each class's recall.
+
+    Of a class with several names the first is taken (ELEVATER); synonyms: all of them (SLIP).
+    """
+    tests = tests if isinstance(tests, data.TestSet) else data.test_set(tests, root="")
+    names = [several if synonyms else several[:1] for several in tests.names]
+    classifier = cache("classifier", (names, tests.templates),
+                       lambda: zeroshot_classifier(model, tokenizer, names, tests.templates))
+    features = encode_unit(model, tests.pictures, evaluation_view(model.config, tests.squash))
+    scores = (100 * features @ classifier.T).double().softmax(1)        # (n, C); ELEVATER's, which ranks over pictures
+    metrics = {tests.metric: METRICS[tests.metric]} if tests.metric else {"top-1": accuracy,
+                                                                          "mean per class": mean_per_class}
+    one_each = tests.targets.ndim == 1
+    return dict(scores={name: metric(scores, tests.targets) for name, metric in metrics.items()},
+                chance=chance(tests), over=f"{len(scores):,} pictures of {len(names):,} classes", remarks=tests.remarks,
+                per_class={name[0]: accuracy(scores[tests.targets == c], torch.tensor(c))
+                           for c, name in enumerate(names) if one_each},
+                protocol=about(tests) | dict(templates=len(tests.templates), synonyms=synonyms, squash=tests.squash,
+                                             view=f"{model.config.interpolation}, {model.config.image_size}"))
+
+
+def chance(tests):
+    """What a model that knows nothing scores."""
+    if tests.metric == "roc_auc":
+        return 0.5
+    return tests.targets.float().mean().item() if tests.targets.ndim > 1 else 1 / len(tests.names)
+
+
+def about(tests):
+    """What was counted, for results.json."""
+    return dict(set=tests.name, place=str(tests.place), pictures=len(tests.pictures), classes=len(tests.names))
 
 
 def retrieval(model, tokenizer, folder):
     """Image-text retrieval on the test split of a Karpathy json."""
     paths, texts, owners = data.karpathy(folder)
-    similarity = encode_unit(model, paths) @ encode_texts(model, tokenizer, texts).T
-    recall = recall_at_k(similarity, owners)
+    recall = recall_of_features(encode_unit(model, paths), encode_texts(model, tokenizer, texts), owners)
     return dict(scores={f"{way} R@{k}": r for way, row in recall.items() for k, r in row.items()},
-                chance=1 / len(paths), over=f"{len(paths)} pictures, {len(texts)} texts")
+                chance=1 / len(paths), over=f"{len(paths):,} pictures, {len(texts):,} texts",
+                protocol=dict(place=str(folder), pictures=len(paths), texts=len(texts), split="test"))
 
 
 def dense(model, tokenizer, folder):
@@ -354,42 +717,171 @@ def mean_iou(confusion):
     return (confusion.diag()[union > 0] / union[union > 0]).mean().item()
 
 
-def linear(model, folder):
-    """Linear probe: logistic regression on the frozen class token before the projection, folder/{train,test}/CLASS.
+FEATURES = {"cls": lambda x: x[:, 0], "patches": lambda x: x[:, 1:].mean(1),
+            "both": lambda x: torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)}  # of visual's (B, 1 + N, D): not projected
 
-    CLIP's way: L-BFGS on the penalised mean cross-entropy; the penalty is the best of a sweep on a fifth of the
-    training set, then all of it is fitted.
+
+def _stamp(pictures):
+    """What changes when one of the pictures does: their places, sizes and times, or their pixels."""
+    digest, files = hashlib.sha256(), {}
+    for picture in pictures:
+        if isinstance(picture, np.ndarray):
+            digest.update(picture.tobytes())
+            continue
+        file, name = picture if isinstance(picture, tuple) else (picture, "")
+        if file not in files or not name:
+            stat = os.stat(file)
+            files = {file: (str(file), stat.st_size, stat.st_mtime_ns)}
+        digest.update(repr((files[file], name)).encode())
+    return digest.hexdigest()
+
+
+def probe_sets(name, root=""):
+    """The two sets of a linear probe, by data.test_set.  Raises ValueError where their classes differ."""
+    train, tests = (data.test_set(name, root, split) for split in ("train", "test"))
+    if train.names != tests.names:
+        odd = sorted({one[0] for one in train.names} ^ {one[0] for one in tests.names})
+        raise ValueError(f"{train.place} and {tests.place} hold different classes: {', '.join(odd[:5])}")
+    return train, tests
+
+
+def linear(model, sets, cache=NO_CACHE, features="cls"):
+    """Linear probe in CLIP's way: logistic regression by L-BFGS on frozen features, without augmentation.
+
+    sets: the training and the test set (probe_sets).  The penalty is the best on a
+    fifth of each training class, found as CLIP does: seven from 1e-6 to 1e6, then the interval around the best halved
+    down to an eighth of a decade.  Then the whole training set is fitted.
     """
-    def features(part):
-        paths, labels, names = data.class_folder(Path(folder) / part)
-        return encode_pictures(lambda x: model.visual(x)[:, 0], paths, model), torch.tensor(labels), names
-    (x, y, names), (x_test, y_test, test_names) = features("train"), features("test")
-    if names != test_names:
-        raise ValueError(f"{folder}: train/ and test/ hold different classes: {sorted(set(names) ^ set(test_names))}")
-    held_out = torch.arange(len(x)) % 5 == 0  # class folders are in order: a fifth of each class
-    tried = {}
-    for penalty in [10.0 ** k for k in range(-6, 1)]:  # our choice; CLIP sweeps 96 steps of a like range
-        predict = logistic_regression(x[~held_out], y[~held_out], len(names), penalty)
-        tried[penalty] = accuracy(predict(x[held_out]), y[held_out])
-    penalty = max(tried, key=tried.get)
-    return dict(scores={"top-1": accuracy(logistic_regression(x, y, len(names), penalty)(x_test), y_test)},
-                chance=1 / len(names), over=f"{len(x_test)} pictures of {len(names)} classes, {len(x)} to train")
+    train, tests = sets
+
+    def encoded(part):
+        return cache("features", (features, part.squash, cache.path and _stamp(part.pictures)), lambda: encode_pictures(
+            lambda images: FEATURES[features](model.visual(images)), part.pictures, model,
+            evaluation_view(model.config, part.squash)))
+    x, x_test = encoded(train), encoded(tests)
+    metric = METRICS[tests.metric or "accuracy"]
+    scores, penalty = on_first_rank(lambda: _fitted(x, train.targets, x_test, len(train.names), metric, _device(model)))
+    return dict(scores={tests.metric or "top-1": metric(scores, tests.targets)}, chance=chance(tests),
+                over=f"{len(x_test):,} pictures of {len(tests.names):,} classes, {len(x):,} to train",
+                remarks=tests.remarks, protocol=about(tests) | dict(
+                    recipe="clip", features=features, penalty=penalty, training_pictures=len(x),
+                    view=f"{model.config.interpolation}, {model.config.image_size}"))
+
+
+def _fitted(x, y, x_test, classes, metric, device):
+    """-> class scores of x_test, and the penalty that was chosen."""
+    held_out = torch.zeros(len(x), dtype=torch.bool)
+    held_out[(y if y.ndim == 1 else torch.zeros(len(y))).argsort(stable=True)[::5]] = True
+    x, tried, step, ask = x.to(device), {}, 2.0, [float(k) for k in range(-6, 7, 2)]
+    with tqdm(total=15, desc="penalties", disable=quiet(), leave=False) as bar:
+        while step >= 1 / 8:
+            for exponent in ask:
+                if abs(exponent) <= 6:
+                    predict = logistic_regression(x[~held_out], y[~held_out], classes, 10 ** exponent)
+                    tried[exponent] = metric(predict(x[held_out]).softmax(1), y[held_out])
+                bar.update()
+            best, step = max(tried, key=tried.get), step / 2
+            ask = [best - step, best + step]
+    return logistic_regression(x, y, classes, 10 ** best)(x_test).softmax(1), 10 ** best
 
 
 def logistic_regression(x, y, classes, penalty):
-    """Minimise mean cross-entropy + penalty / 2 * |W|^2 by L-BFGS.  x (n, D), y (n,) -> function (m, D) -> (m, C)"""
-    mean, std = x.mean(0), x.std(0) + 1e-6  # the scale of a feature is no information
-    weight = torch.zeros(x.size(1), classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    """Minimise the SUM of cross-entropies + penalty / 2 * |W|^2 (scikit-learn's C = 1 / penalty) by L-BFGS.
+
+    x (n, D), y (n,), or (n, C) of 0 and 1 for one regression per class -> function (m, D) -> (m, C) on the CPU.  The
+    steps are taken on features of mean 0 and deviation 1, where they are short; the minimum is that of the raw ones.
+    """
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, y = (x - mean) / std, y.to(x.device)
+    weight = torch.zeros(x.size(1), classes, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-6,  # 1000: CLIP
+                                  tolerance_change=1e-9, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy((x - mean) / std @ weight + bias, y) + penalty / 2 * weight.square().sum()
+        logits = x @ weight + bias
+        loss = (F.cross_entropy(logits, y) if y.ndim == 1 else
+                F.binary_cross_entropy_with_logits(logits, y.float()) * classes)
+        loss = loss + penalty / 2 / len(x) * (weight / std[:, None]).square().sum()
         loss.backward()
         return loss
     optimizer.step(closure)
-    return lambda rows: ((rows - mean) / std @ weight + bias).detach()
+    weight, bias = weight.detach(), bias.detach()
+    return lambda rows: ((rows.to(x.device) - mean) / std @ weight + bias).cpu()
+
+
+class _Crops(torch.utils.data.Dataset):
+    """Random crops and mirrors of pictures, (epoch, index) -> pixels, label: as the seed of both says."""
+
+    def __init__(self, tests, size):
+        self.tests, self.size = tests, size
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng(key)
+        image = data.load_picture(self.tests.pictures[key[1]])
+        image = data.crop(image, data.crop_box(*image.size, (0.08, 1.0), rng), self.size)
+        image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+        return torch.from_numpy(np.array(image)), self.tests.targets[key[1]]
+
+
+def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_size=1024, lr=None):
+    """Linear probe by MoCo v3's recipe, the paper family's: SGD on random crops and mirrors; any number of ranks.
+
+    Batch 1024, lr 3 x batch / 256, momentum 0.9, no weight decay, 90 epochs, cosine by epoch, head N(0, 0.01); tested
+    with the shorter side at 256 / 224, cropped; all resizing bilinear.  After each epoch the head is kept beside the
+    checkpoint, and the same command goes on from there.
+    """
+    train, tests = sets
+    if train.targets.ndim > 1:
+        raise ValueError(f"{train.place}: pictures of several classes are for --protocol clip")
+    (rank, world), device, classes = ranks(), _device(model), len(train.names)
+    batch_size = min(batch_size, len(train.pictures) // world * world)
+    if batch_size == 0 or batch_size % world:
+        raise ValueError(f"a batch of {batch_size} pictures cannot be shared by {world} ranks")
+    lr, size = lr or 3 * batch_size / 256, model.config.image_size
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(model.config.width * (2 if features == "both" else 1), classes)
+    torch.nn.init.normal_(head.weight, std=0.01, generator=generator)
+    torch.nn.init.zeros_(head.bias)
+    head.to(device)
+    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
+    key = ("mocov3", features, epochs, batch_size, lr, cache.path and _stamp(train.pictures))
+    first = 0
+    if state := cache.read("head", key):
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
+    workers = loader_processes(len(train.pictures))
+    for epoch in range(first, epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        order = torch.randperm(len(train.pictures), generator=torch.Generator().manual_seed(epoch)).tolist()
+        batches = [[(epoch, i) for i in order[start + rank:start + batch_size:world]]
+                   for start in range(0, len(order) - batch_size + 1, batch_size)]
+        loader = torch.utils.data.DataLoader(_Crops(train, size), batch_sampler=batches,
+                                             num_workers=workers)
+        for pixels, labels in tqdm(loader, f"epoch {epoch + 1} of {epochs}", leave=False,
+                                   disable=quiet()):
+            with torch.no_grad():
+                x = FEATURES[features](model.visual(data.normalize(pixels.to(device)))).float()
+            loss = F.cross_entropy(head(x), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            for p in head.parameters() if world > 1 else ():
+                total = p.grad.cpu()  # equal shares: the mean over ranks is that of the batch
+                dist.all_reduce(total)
+                p.grad.copy_(total / world)
+            optimizer.step()
+        cache.write("head", key, dict(head=head.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1))
+    view = partial(data.center_crop, size=size, resample=Image.BILINEAR, short=size * 256 // 224)
+    scores = encode_pictures(lambda images: head(FEATURES[features](model.visual(images))), tests.pictures, model, view)
+    metric = METRICS[tests.metric or "accuracy"]
+    return dict(scores={tests.metric or "top-1": metric(scores.softmax(1), tests.targets)}, chance=chance(tests),
+                over=f"{len(scores):,} pictures of {classes:,} classes, {len(train.pictures):,} to train",
+                remarks=tests.remarks, protocol=about(tests) | dict(
+                    recipe="mocov3", features=features, epochs=epochs, batch_size=batch_size, lr=lr,
+                    training_pictures=len(train.pictures), view=f"bilinear, {size * 256 // 224}, {size}"))
 
 
 # ---------------------------------------------------------------- pictures
@@ -516,78 +1008,279 @@ def _panel(title, lines, steps, width, height, left=72, top=28, right=14, bottom
 
 # ---------------------------------------------------------------- the command line
 
-def table(results):
-    """{name: what an evaluation returned} -> text, one line per score, in per cent."""
-    lines, wide = [], 2 + max(map(len, results), default=0)
-    for name, r in results.items():
-        note = f"chance {100 * r['chance']:.1f}; {r['over']}"
-        for score, value in r["scores"].items():
-            lines.append(f"{name:<{wide}}{score:<16}{100 * value:>6.1f}   {note}".rstrip())
-            name = note = ""
-    return "\n".join(lines)
+# The paper's numbers (ViT-B/16, YFCC-15M, 25 epochs), by method, task and score, in per cent.
+def _recalls(i2t, t2i):
+    return {f"{way} R@{k}": r for way, row in (("i2t", i2t), ("t2i", t2i)) for k, r in zip((1, 5, 10), row)}
+
+
+PAPER = {
+    "clip": {"zeroshot imagenet": {"accuracy": 37.6}, "linear imagenet": {"accuracy": 66.5},
+             "zeroshot icinw": {"mean of 20": 34.0},
+             "retrieval flickr30k": _recalls((52.9, 79.6, 87.2), (32.8, 60.8, 71.2)),
+             "retrieval coco": _recalls((27.5, 53.5, 65.0), (17.7, 38.8, 50.5))},
+    "slip": {"zeroshot imagenet": {"accuracy": 42.8}, "linear imagenet": {"accuracy": 72.1},
+             "zeroshot icinw": {"mean of 20": 37.8},
+             "retrieval flickr30k": _recalls((58.6, 85.1, 91.7), (41.3, 68.7, 78.6)),
+             "retrieval coco": _recalls((33.4, 59.8, 70.6), (21.5, 44.4, 56.3))},
+    "clip_mae": {"zeroshot imagenet": {"accuracy": 42.1}, "linear imagenet": {"accuracy": 68.5},
+                 "retrieval flickr30k": _recalls((57.3,), (41.1,))},
+    "simclr": {"linear imagenet": {"accuracy": 64.0}},
+    "mae": {"linear imagenet": {"accuracy": 56.2}},
+    "maskclip": {"zeroshot imagenet": {"accuracy": 44.5}, "linear imagenet": {"accuracy": 73.7},
+                 "zeroshot icinw": {"mean of 20": 40.1},
+                 "retrieval flickr30k": _recalls((70.1, 90.3, 95.3), (45.6, 73.4, 82.1)),
+                 "retrieval coco": _recalls((41.4, 67.9, 77.5), (25.5, 49.7, 61.3)),
+                 **{f"zeroshot {name}": {metric: score} for name, metric, score in (
+                     ("caltech-101", "mean-per-class", 72.0), ("cifar-10", "accuracy", 80.2),
+                     ("cifar-100", "accuracy", 57.5), ("country211", "accuracy", 12.6), ("dtd", "accuracy", 27.9),
+                     ("eurosat_clip", "accuracy", 44.0), ("fer-2013", "accuracy", 20.3),
+                     ("fgvc-aircraft-2013b-variants102", "mean-per-class", 6.1), ("food-101", "accuracy", 64.9),
+                     ("gtsrb", "accuracy", 8.5), ("hateful-memes", "roc_auc", 52.0),
+                     ("kitti-distance", "accuracy", 34.3), ("mnist", "accuracy", 4.9),
+                     ("oxford-flower-102", "mean-per-class", 57.0),
+                     ("oxford-iiit-pets", "mean-per-class", 34.3), ("patch-camelyon", "accuracy", 50.1),
+                     ("rendered-sst2", "accuracy", 49.9), ("resisc45_clip", "accuracy", 35.7),
+                     ("stanford-cars", "accuracy", 6.7), ("voc-2007-classification", "11point_mAP", 82.1))}},
+}
+
+
+def table(columns, methods=()):
+    """{checkpoint: {task: what an evaluation returned}} -> text, a line per score in per cent, a column per checkpoint.
+
+    methods: of each checkpoint, for the paper's numbers, which get a column where there are any.
+    """
+    lines, remarks, tasks = [], [], {}
+    for results in columns.values():
+        for task, result in results.items():
+            tasks.setdefault(task, {}).update(dict.fromkeys(result["scores"], result))
+    papers = [PAPER.get(method, {}) for method in methods] or [{}] * len(columns)
+    shown = [any(set(paper.get(task, {})) & set(scores) for task, scores in tasks.items()) for paper in papers]
+    heads = [part for label, paper in zip(columns, shown, strict=True) for part in (label, *["paper"] * paper)]
+    widths = [max(8, len(head) + 2) for head in heads]
+    wide = 2 + max(map(len, tasks), default=0)
+    if len(heads) > 1:
+        lines.append(" " * (wide + 16) + "".join(f"{head:>{w}}" for head, w in zip(heads, widths, strict=True)))
+    for task, scores in tasks.items():
+        for number, (score, result) in enumerate(scores.items()):
+            cells = []
+            for results, paper, show in zip(columns.values(), papers, shown, strict=True):
+                ours = results.get(task, {}).get("scores", {}).get(score)
+                cells += ["-" if ours is None else f"{100 * ours:.1f}"]
+                cells += [str(paper.get(task, {}).get(score, ""))] * show
+            note = "" if number else f"chance {100 * result['chance']:.1f}; {result['over']}"
+            lines.append(f"{task if not number else '':<{wide}}{score:<16}"
+                         + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)) + f"   {note}")
+            remarks += [f"  {task}: {remark}" for remark in result.get("remarks", ()) if not number]
+    if any(shown):
+        remarks.append("  paper: ViT-B/16, YFCC-15M, 25 epochs")
+    return "\n".join(line.rstrip() for line in lines + remarks)
+
+
+def provenance():
+    """What numbers come from: versions, and the commit of this code ("" outside git)."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*",
+               "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    return dict(commit=commit, python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
+                pillow=PIL.__version__)
+
+
+class Records:
+    """results.json beside a checkpoint: a list of all that was measured there, one record per task and protocol."""
+
+    def __init__(self, cache):
+        self.path = cache.path.parent / "results.json"
+        self.about = dict(checkpoint=cache.path.name, sha256=cache.sha256)
+        self.read()  # told now, not after hours
+
+    def read(self):
+        """The records.  Raises ValueError for another kind of file, which is left as it is."""
+        if not self.path.exists():
+            return []
+        try:
+            records = json.loads(self.path.read_text("utf-8"))
+            if all(isinstance(record["scores"], dict) for record in records):
+                return records
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"{self.path} was not written by evaluate.py: move it away, so that it is not overwritten")
+
+    def add(self, task, result):
+        """Replaces the record of the same weights, task and protocol."""
+        record = self.about | dict(task=task, **{name: result.get(name) for name in ("scores", "chance", "protocol",
+                                                                                     "remarks")})
+        record = json.loads(json.dumps(record))
+        same = ("sha256", "task", "protocol")
+        kept = [old for old in self.read() if any(old.get(name) != record[name] for name in same)]
+        record |= dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), **provenance())
+        try:
+            write_atomically(self.path, (json.dumps([*kept, record], indent=1) + "\n").encode())
+        except OSError as error:
+            print(f"warning: {self.path} not written: {error}", file=sys.stderr)
 
 
 def find(name, root, part):
-    """A test set: the path NAME, or ROOT/NAME/`part` (and the demo is drawn).  Raises FileNotFoundError."""
+    """A test set: the path NAME, or ROOT/NAME/`part` or ROOT/NAME (the demo is drawn).  Raises FileNotFoundError."""
     if name == "demo":
         data.draw_demo(Path(root) / "demo")
-    tried = [Path(root) / name / part, Path(name)]
+    tried = [Path(root) / name / part, Path(root) / name, Path(name)]
     for folder in tried:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no test set '{name}': looked for the folders {' and '.join(map(str, tried))} "
+    raise FileNotFoundError(f"no test set '{name}': looked for the folders {', '.join(map(str, tried))} "
                             "(--root or $MASKCLIP_DATA name another place)")
 
 
-# flag -> (the part of a named data set that it reads, the function)
+# flag -> (its part of the folder of test sets beside train/, the function of model, tokenizer and that folder)
 EVALUATIONS = dict(zeroshot=("classes/test", zeroshot), retrieval=("val", retrieval), dense=("dense", dense),
-                   linear=("classes", lambda model, tokenizer, folder: linear(model, folder)))
+                   linear=("classes", lambda model, tokenizer, folder: linear(model, probe_sets(folder))))
+
+
+def tasks(args):
+    """What the command line asks for: (name, whether a missing set is skipped, function of model, tokenizer, cache)."""
+    known = data.protocols()
+    twenty = [name for name in known if name != "imagenet"]
+
+    def classify(name, model, tokenizer, cache):
+        tests = data.test_set(name, args.root, names=args.names)
+        if tests.name == "imagenet" and args.templates == 7:
+            tests = dataclasses.replace(tests, templates=known["imagenet"]["templates7"])
+        return zeroshot(model, tokenizer, tests, cache, args.synonyms)
+
+    def probe(name, model, tokenizer, cache):
+        sets = probe_sets(name, args.root)
+        if args.protocol == "mocov3":
+            return linear_mocov3(model, sets, cache, args.features, args.epochs, args.batch_size, args.lr)
+        return linear(model, sets, cache, args.features)
+    for name in args.zeroshot or ():
+        for one in twenty if name == "icinw" else [name]:
+            yield "zeroshot", one, name == "icinw", partial(classify, one)
+    for flag, part, function in (("retrieval", "val", retrieval), ("dense", "dense", dense)):
+        for name in getattr(args, flag) or ():
+            yield flag, name, False, lambda model, tokenizer, cache, name=name, part=part, function=function: function(
+                model, tokenizer, find(name, args.root, part))
+    for name in args.linear or ():
+        yield "linear", name, False, partial(probe, name)
+
+
+def icinw(results, count):
+    """The mean over the data sets of ICinW that were there, as a result of its own."""
+    scores = [next(iter(result["scores"].values())) for result in results]
+    name = f"mean of {count}" if len(scores) == count else "partial mean"
+    return dict(scores={name: sum(scores) / len(scores)}, chance=sum(r["chance"] for r in results) / len(results),
+                over=f"{len(scores)} of {count} data sets", protocol=dict(sets=len(scores)))
 
 
 def run(args):
-    """What the command line asks for."""
-    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-    model, tokenizer = load_model(checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{checkpoint}: {model.config.method}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    results = {}
-    for flag, (part, evaluate) in EVALUATIONS.items():
-        for name in getattr(args, flag) or ():
+    """What the command line asks for.  Raises ValueError at the end for the data sets that could not be read."""
+    rank = ranks()[0]
+    checkpoints = [Path(path) for path in args.checkpoint or [newest_checkpoint()]]
+    columns, methods, missing, failed = {}, [], {}, {}
+    for path in checkpoints:
+        cache = Cache(path)
+        model, tokenizer = load_model(path)
+        records = Records(cache)
+        model.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
+        if rank == 0:
+            size = sum(p.numel() for p in model.parameters()) / 1e6
+            print(f"{path}: {model.config.method}, {size:.1f} M parameters, {model.config.image_size} pixels",
+                  *model.remarks, sep="\n  ")
+        results, twenty = columns.setdefault("/".join(path.parts[-2:]), {}), []
+        methods.append(model.config.method)
+        for flag, name, of_icinw, evaluate in tasks(args):
             if tokenizer is None and flag != "linear":
-                raise ValueError(f"--{flag} needs a text encoder, and {model.config.method} has none: use --linear")
-            results[f"{flag} {name}"] = evaluate(model, tokenizer, find(name, args.root, part))
-    if results:
-        print(table(results))
-    if args.heatmap:
-        if tokenizer is None:
-            raise ValueError(f"--heatmap needs a text encoder, and {model.config.method} has none")
-        file, caption = args.heatmap
-        try:
-            image = data.decode(Path(file).read_bytes())
-        except data.BAD_IMAGE as error:
-            raise ValueError(f"--heatmap: cannot read the picture {file}: {error}") from error
-        heatmap(model, tokenizer, image, caption, args.output)
-        print(f"wrote {args.output}")
+                raise ValueError(f"--{flag} needs a text encoder, and {path} ({model.config.method}) has none: use "
+                                 "--linear")
+            try:
+                result = evaluate(model, tokenizer, cache)
+            except (OSError, ValueError) as error:
+                (missing if of_icinw and isinstance(error, FileNotFoundError) else failed)[name] = error
+                continue
+            task = f"{flag} {result['protocol'].get('set', name)}"
+            results[task] = result
+            twenty += [result] * of_icinw
+            if rank == 0:
+                records.add(task, result)
+        if twenty:
+            results["zeroshot icinw"] = icinw(twenty, len(data.protocols()) - 1)
+            if rank == 0:
+                records.add("zeroshot icinw", results["zeroshot icinw"])
+    if rank == 0 and any(columns.values()):
+        print(table(columns, methods))
+    if rank == 0:
+        for name, error in missing.items():
+            homes = data.homes(name, args.root)
+            print(f"missing: {name}:", error if any(home.is_dir() for home in homes) else ", ".join(map(str, homes)))
+    if missing and not any(columns.values()):
+        raise ValueError(f"none of ICinW's data sets is under {args.root}")
+    if failed:
+        raise ValueError("; ".join(f"{name}: {error}" for name, error in failed.items()))
+
+
+def draw(args):
+    """--heatmap: a word map of a picture."""
+    path = args.checkpoint[0] if args.checkpoint else newest_checkpoint()
+    model, tokenizer = load_model(path)
+    if tokenizer is None:
+        raise ValueError(f"--heatmap needs a text encoder, and {path} ({model.config.method}) has none")
+    file, caption = args.heatmap
+    try:
+        image = data.decode(Path(file).read_bytes())
+    except data.BAD_IMAGE as error:
+        raise ValueError(f"--heatmap: cannot read the picture {file}: {error}") from error
+    heatmap(model, tokenizer, image, caption, args.output)
+    print(f"wrote {args.output}")
 
 
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", help="last.pt of a run; else the newest under runs/")
+    parser.add_argument("--checkpoint", nargs="+", help=f"{FORMATS}; several get a column "
+                        "each; else the newest under runs/")
     parser.add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"), help="where named sets lie")
-    parser.add_argument("--zeroshot", nargs="+", metavar="NAME|PATH", help="folder with one folder of pictures a class")
-    parser.add_argument("--retrieval", nargs="+", metavar="NAME|PATH", help="folder with karpathy.json and images/")
+    parser.add_argument("--zeroshot", nargs="+", metavar="NAME|PATH", help="imagenet, one of ICinW's twenty, icinw for "
+                        "all of them, or a folder with one folder of pictures a class")
+    parser.add_argument("--templates", type=int, choices=(80, 7), default=80, help="for ImageNet: CLIP's or SLIP's")
+    parser.add_argument("--synonyms", action="store_true", help="all names of a class (SLIP), not the first (ELEVATER)")
+    parser.add_argument("--names", metavar="FILE", help="lines FOLDER<tab>NAME for class folders of your own")
+    parser.add_argument("--retrieval", nargs="+", metavar="NAME|PATH", help="flickr30k, coco, or a folder with "
+                        "karpathy.json or dataset*.json and its pictures")
     parser.add_argument("--dense", nargs="+", metavar="NAME|PATH", help="folder with images/, labels/, classes.txt")
-    parser.add_argument("--linear", nargs="+", metavar="NAME|PATH", help="folder with train/ and test/ class folders")
+    parser.add_argument("--linear", nargs="+", metavar="NAME|PATH", help="imagenet, one of ICinW's, or a folder with "
+                        "train/ and test/ class folders")
+    parser.add_argument("--features", choices=FEATURES, default="cls", help="--linear: the class token, the "
+                        "mean of the patches, or both")
+    parser.add_argument("--protocol", choices=("clip", "mocov3"), default="clip", help="--linear: logistic "
+                        "regression by L-BFGS on fixed features, or SGD with crops and mirrors")
+    parser.add_argument("--epochs", type=int, default=90, help="--protocol mocov3")
+    parser.add_argument("--batch-size", type=int, default=1024, help="--protocol mocov3: of all ranks together")
+    parser.add_argument("--lr", type=float, help="--protocol mocov3 (default: 3 x batch / 256)")
     parser.add_argument("--heatmap", nargs=2, metavar=("IMAGE", "CAPTION"), help="write a word map of a picture")
     parser.add_argument("--output", default="heatmap.png", help="where --heatmap writes (default: heatmap.png)")
     args = parser.parse_args()
     if not any((args.zeroshot, args.retrieval, args.dense, args.linear, args.heatmap)):
         parser.error("nothing to do: give --zeroshot, --retrieval, --dense, --linear or --heatmap")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (ELEVATER, SLIP)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        run(args)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # the ranks meet between the long parts only; gloo, for all that they exchange lies on the CPU
+            dist.init_process_group("gloo", timeout=timedelta(days=2))
+        if args.zeroshot or args.retrieval or args.dense or args.linear:
+            run(args)
+        if args.heatmap:
+            draw(args)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {str(error).splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: interrupted; what was finished stands in results.json beside the checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

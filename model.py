@@ -45,6 +45,7 @@ class ModelConfig:
     quick_gelu: tuple = (False, True)   # image, text: SLIP's towers; CLIP's own are (True, True)
     pre_norm: bool = False              # CLIP's own ViT: layer norm before the first block ...
     patch_bias: bool = True             # ... and no bias in the patch embedding
+    interpolation: str = "bicubic"      # of test pictures: CLIP's, ELEVATER's; SLIP's is "bilinear"
 
     @property
     def grid(self):

@@ -16,20 +16,16 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
-import PIL
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -550,18 +546,6 @@ def prune(out, epoch, keep):
             file.unlink()
 
 
-def provenance():
-    """Where a checkpoint comes from: versions, and the commit of this code ("" outside git)."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*",
-               "--abbrev=40"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    return dict(commit=commit, python=platform.python_version(), torch=str(torch.__version__), numpy=numpy.__version__,
-                pillow=PIL.__version__)
-
-
 class Log:
     """log.jsonl, which one run at a time may write, and TensorBoard's file beside it where that is installed."""
 
@@ -655,7 +639,7 @@ class Run:
                     in_a_row=self.in_a_row.cpu(), best=self.best, config=dataclasses.asdict(self.config),
                     model_config=dataclasses.asdict(self.model.config),
                     tokenizer=[" ".join(pair) for pair in self.tokenizer.merges],
-                    rng=dict(cpu=torch.get_rng_state(), cuda=cuda), made_by=provenance(),
+                    rng=dict(cpu=torch.get_rng_state(), cuda=cuda), made_by=evaluate.provenance(),
                     **{name: part.state_dict() for name, part in self.parts().items()})
 
     def load(self, saved):
@@ -714,7 +698,8 @@ def make_model(config, place, vocab_size, init):
     shape = dataclasses.replace(models.PRESETS[config.model], method=config.method, vocab_size=vocab_size)
     if not init:
         return models.build(shape)
-    model = models.build(dataclasses.replace(shape, **init["changes"]))
+    like = ("quick_gelu", "pre_norm", "patch_bias", "image_norm_eps")  # of the tower, beside its shape
+    model = models.build(dataclasses.replace(shape, **{name: getattr(init["config"], name) for name in like}))
     own = model.state_dict()
     taken = {name: x for name, x in init["model"].items() if name in own}
     wrong = [f"{name} {list(x.shape)}, here {list(own[name].shape)}" for name, x in taken.items()
@@ -975,7 +960,8 @@ def evaluations(run, names):
 
 def report(pairs, results):
     """One table of what `evaluations` gave."""
-    lines = [evaluate.table(results) or f"no test sets beside {pairs.sources[0].folder}: see python evaluate.py --help"]
+    lines = [evaluate.table({"": results}) or f"no test sets beside {pairs.sources[0].folder}: see python evaluate.py "
+             "--help"]
     unseen = results.get("zeroshot", {}).get("per_class", {})
     if set(data.HELD_OUT) <= set(unseen):
         mean = sum(unseen[name] for name in data.HELD_OUT) / len(data.HELD_OUT)

@@ -1,7 +1,9 @@
 """Metrics against naive loops and scikit-learn, evaluations on sets whose answer is known, loading, the word map."""
+import argparse
 import json
 import pickle
 import socket
+import zipfile
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import evaluate
+from tokenizer import Tokenizer
 
 RNG = np.random.default_rng(0)
 
@@ -75,6 +79,34 @@ def test_recall_equals_a_loop_with_one_to_seven_captions():
     assert got["i2t"][40] == 1.0
 
 
+@pytest.mark.parametrize("block", [1, 200, 10 ** 6])
+def test_recall_of_features_is_that_of_their_similarities(block):
+    """Captions in any order, one picture without any, whatever is held at a time."""
+    owners = RNG.permutation([image for image in range(12) for _ in range(1 + image % 7)])
+    images, texts = (F.normalize(torch.from_numpy(RNG.normal(size=(n, 3))), dim=1) for n in (13, len(owners)))
+    got = evaluate.recall_of_features(images, texts, owners, block=block)
+    assert got == evaluate.recall_at_k(images @ texts.T, owners)
+    for k in (1, 5, 10):
+        i2t = np.mean([any(owners[t] == i for t in np.argsort(-(images[i] @ texts.T).numpy())[:k]) for i in range(13)])
+        assert got["i2t"][k] == pytest.approx(i2t)
+
+
+def test_a_model_that_tells_nothing_apart_recalls_nothing():
+    same = torch.ones(20, 4)
+    assert evaluate.recall_of_features(same, same, torch.arange(20))["i2t"] == {1: 0.0, 5: 0.0, 10: 0.0}
+    assert evaluate.recall_at_k(torch.zeros(20, 40), torch.arange(40) // 2)["t2i"] == {1: 0.0, 5: 0.0, 10: 0.0}
+
+
+def test_features_that_are_not_finite_are_no_score(tmp_path):
+    for name in Oracle.axes:
+        paint(tmp_path / name / "0.png", name)
+    model = Oracle()
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="features are not finite for . of 3 inputs"):
+        evaluate.zeroshot(model, model.tokenizer, tmp_path)
+
+
 def test_mean_iou_equals_a_loop_over_pixels():
     label, guess = RNG.integers(0, 4, 500), RNG.integers(0, 3, 500)
     confusion = torch.zeros(5, 5, dtype=torch.long)  # class 4 never occurs and does not count
@@ -88,7 +120,7 @@ def test_mean_iou_equals_a_loop_over_pixels():
 
 class Oracle(torch.nn.Module):
     """Tells pictures of one colour, and words, by their colour: red, green, blue are the axes of the joint space."""
-    config = SimpleNamespace(image_size=32, grid=4, embed_dim=3, context_length=8)
+    config = SimpleNamespace(image_size=32, grid=4, embed_dim=3, context_length=8, width=3, interpolation="bicubic")
     axes = dict(red=0, green=1, blue=2)
 
     def __init__(self):
@@ -131,7 +163,7 @@ def test_zeroshot_and_linear_on_a_class_folder(tmp_path):
     assert result["scores"]["top-1"] == pytest.approx(15 / 16)
     assert result["scores"]["mean per class"] == pytest.approx((1 + 1 + 5 / 6) / 3)
     assert result["per_class"] == pytest.approx(dict(red=5 / 6, green=1.0, blue=1.0))
-    assert evaluate.linear(model, tmp_path)["scores"]["top-1"] == pytest.approx(15 / 16)
+    assert evaluate.linear(model, evaluate.probe_sets(tmp_path))["scores"]["top-1"] == pytest.approx(15 / 16)
     (tmp_path / "test/red/9.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot read the test picture .*9.png"):
         evaluate.zeroshot(model, model.tokenizer, tmp_path / "test")
@@ -167,17 +199,81 @@ def test_classifier_is_the_mean_over_templates():
     assert torch.allclose(rows, torch.tensor([[0.0, 1, 0], [1, 0, 0]]))
 
 
+def test_synonyms_are_averaged_as_slip_does_and_the_first_is_taken_as_elevater_does(tmp_path):
+    model, said = Oracle(), []
+
+    def tokenizer(text, context_length):
+        said.append(text)
+        return model.tokenizer(text, context_length)
+    rows = evaluate.zeroshot_classifier(model, tokenizer, [["green", "blue"], "red"], ["{}", "a {}"])
+    assert torch.allclose(rows, torch.tensor([[0.0, 0.5 ** 0.5, 0.5 ** 0.5], [1, 0, 0]]))
+    paint(tmp_path / "0.png", "green")
+    tests = data.TestSet("x", tmp_path, [tmp_path / "0.png"], torch.tensor([0]), [["green", "blue"], ["red"]], ["{}"])
+    for synonyms, expected in ((False, ["green", "red"]), (True, ["green", "blue", "red"])):
+        said.clear()
+        evaluate.zeroshot(model, tokenizer, tests, synonyms=synonyms)
+        assert said == expected
+
+
+def test_the_cache_knows_weights_prompts_and_pictures(tmp_path):
+    made = []
+
+    def make(x):
+        made.append(x)
+        return torch.tensor([x])
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    cache = evaluate.Cache(tmp_path / "last.pt")
+    assert cache("classifier", ("a", "b"), lambda: make(1.0)) == cache("classifier", ("a", "b"), lambda: make(2.0)) == 1
+    assert cache("classifier", ("a", "c"), lambda: make(3.0)) == 3
+    assert cache("features", ("a", "b"), lambda: make(4.0)) == 4
+    assert evaluate.Cache(tmp_path / "last.pt")("classifier", ("a", "b"), lambda: make(5.0)) == 1 and made == [1, 3, 4]
+    assert len(list(tmp_path.glob("last.pt.*"))) == 3
+    (tmp_path / "last.pt").write_bytes(b"other weights")
+    assert evaluate.Cache(tmp_path / "last.pt")("classifier", ("a", "b"), lambda: make(6.0)) == 6
+    assert len(list(tmp_path.glob("last.pt.*"))) == 2  # what belonged to the old weights is gone, of this kind
+    assert evaluate.NO_CACHE("classifier", ("a", "b"), lambda: make(7.0)) == 7
+
+    paths = [tmp_path / "a.png", (tmp_path / "z.zip", "b.png"), np.zeros((2, 2), np.uint8)]
+    for path in (tmp_path / "a.png", tmp_path / "z.zip"):
+        path.write_bytes(b"1")
+    stamps = [evaluate._stamp(paths), evaluate._stamp(paths[::-1]), evaluate._stamp([*paths[:2], paths[2] + 1])]
+    for path in (tmp_path / "a.png", tmp_path / "z.zip"):
+        path.write_bytes(b"22")
+        stamps.append(evaluate._stamp(paths))
+    assert len(set(stamps)) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "last.pt").write_bytes(b"weights")
+
+    def full(value, file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    assert evaluate.Cache(tmp_path / "last.pt")("features", 1, lambda: torch.ones(1)) == 1
+    assert "warning: features not kept for the next time" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_results_json_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    for content in ('{"accuracy": 3}', "[1]", "{", '[{"scores": 1}]'):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(ValueError, match="results.json was not written by evaluate.py: move it away"):
+            evaluate.Records(evaluate.Cache(tmp_path / "last.pt"))
+        assert (tmp_path / "results.json").read_text() == content
+
+
 @pytest.mark.peers
 def test_logistic_regression_equals_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 10))
     y = (x @ rng.normal(size=(10, 4)) + rng.normal(size=(300, 4))).argmax(1)
-    scaled = (x - x.mean(0)) / x.std(0, ddof=1)
-    reference = linear_model.LogisticRegression(C=1 / (300 * 0.01), tol=1e-8, max_iter=5000).fit(scaled, y)
-    predict = evaluate.logistic_regression(torch.tensor(x).float(), torch.tensor(y), 4, 0.01)
+    x = x * [0.1, 1, 1, 1, 1, 1, 1, 1, 1, 5] + 3
+    reference = linear_model.LogisticRegression(C=1 / 3, tol=1e-8, max_iter=5000).fit(x, y)
+    predict = evaluate.logistic_regression(torch.tensor(x).float(), torch.tensor(y), 4, 3.0)
     ours = predict(torch.tensor(x).float()).softmax(1).numpy()
-    assert np.abs(ours - reference.predict_proba(scaled)).max() < 1e-3
+    assert np.abs(ours - reference.predict_proba(x)).max() < 1e-3
 
 
 # ---------------------------------------------------------------- loading, the word map
@@ -193,7 +289,7 @@ def test_what_is_no_checkpoint_is_refused_without_running_it(tmp_path, content, 
     with pytest.raises(ValueError, match="last.pt is not a checkpoint"):
         evaluate.load_model(tmp_path / "last.pt")
     torch.save(dict(weights=torch.ones(1)), tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="no 'model_config'"):
+    with pytest.raises(ValueError, match="holds no weights that are known here .*its first keys are weights"):
         evaluate.load_model(tmp_path / "other.pt")
     assert capsys.readouterr().out == ""
 
@@ -260,3 +356,226 @@ def test_ranks_share_a_set_without_padding():
         assert sorted(item for n, _, mine, _ in got for item in mine if n == count) == list(range(count))
         assert all(rows == [[item, -item] for item in range(count)] for n, _, _, rows in got if n == count)
     assert [said for n, _, _, said in got if n == "bad"] == ["cannot read bad"] * 3  # nobody waits for who could not
+
+
+# ---------------------------------------------------------------- other projects' weights
+
+PIXELS = torch.randint(256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+TEXTS = ["a dog", "two teddy bears in the snow, seen from afar"]
+
+
+def equal_features(path, image, text, tokens, atol=1e-4):
+    """load_model(path) gives these features of PIXELS and TEXTS.  -> model, tokenizer"""
+    model, tokenizer = evaluate.load_model(path)
+    with torch.no_grad():
+        ours = model.encode_image(data.normalize(PIXELS))
+        assert image.std() > 0.01 and torch.allclose(ours, image, atol=atol), (ours - image).abs().max()
+        assert torch.equal(tokenizer(TEXTS, 77), tokens[:, :tokenizer(TEXTS, 77).size(1)])
+        assert torch.allclose(model.encode_text(tokenizer(TEXTS, 77)), text, atol=atol)
+    return model, tokenizer
+
+
+def shaken(module, seed=0):
+    """Random weights everywhere, those that start as 0 or 1 too: a bias that is lost would not be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+    return module.eval()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-B-32-quickgelu"])
+def test_open_clip_s_weights(name, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = shaken(open_clip.create_model(name))
+    tokens = open_clip.get_tokenizer(name)(TEXTS)
+    with torch.no_grad():
+        image = theirs.encode_image(data.normalize(PIXELS, evaluate.CLIP_MEAN, evaluate.CLIP_STD))
+        text = theirs.encode_text(tokens)
+    state, quick = theirs.state_dict(), "quickgelu" in name
+    if quick:  # the folder says what the file does not
+        safetensors.save_file(state, tmp_path / "open_clip_model.safetensors")
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(
+            model_cfg=open_clip.get_model_config(name), preprocess_cfg=dict(mean=evaluate.CLIP_MEAN,
+                                                                            std=evaluate.CLIP_STD))))
+        path = tmp_path
+    else:
+        path = tmp_path / "weights.pt"
+        torch.save(dict(state_dict={f"module.{key}": x for key, x in state.items()}, epoch=3), path)
+    model, tokenizer = equal_features(path, image, text, tokens)
+    assert model.config.method == "clip" and len(model.remarks) == (not quick)
+
+    classes, templates = ["dog", "pink primrose", "F-16A/B"], ["a photo of a {}.", "art of the {}."]
+    classifier = evaluate.zeroshot_classifier(model, tokenizer, classes, templates)
+    reference = open_clip.build_zero_shot_classifier(
+        theirs, open_clip.get_tokenizer(name), classes, [lambda c, t=t: t.replace("{}", c) for t in templates], 2)
+    assert torch.allclose(classifier, reference.T, atol=1e-5)
+    logits = 100 * F.normalize(model.encode_image(data.normalize(PIXELS)), dim=1) @ classifier.T
+    assert torch.allclose(logits, 100 * F.normalize(image, dim=1) @ reference, atol=1e-3)
+
+
+@pytest.mark.peers
+def test_openai_s_download_is_read_without_running_its_program(tmp_path):
+    """A TorchScript archive of OpenAI's model in half precision, and its state dict."""
+    open_clip = pytest.importorskip("open_clip")
+    theirs = shaken(open_clip.create_model("ViT-B-32-quickgelu"))
+    tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")(TEXTS)
+    for p in theirs.parameters():
+        p.data = p.data.half().float()
+    with torch.no_grad():
+        image = theirs.encode_image(data.normalize(PIXELS, evaluate.CLIP_MEAN, evaluate.CLIP_STD))
+        text = theirs.encode_text(tokens)
+    for name, x in (("input_resolution", 224), ("context_length", 77), ("vocab_size", 49408)):
+        theirs.register_buffer(name, torch.tensor(x)) if not hasattr(theirs, name) else None
+    traced = torch.jit.trace(theirs.half(), (PIXELS.movedim(-1, 1).half(), tokens), check_trace=False)
+    traced.save(tmp_path / "ViT-B-32.pt")
+    equal_features(tmp_path / "ViT-B-32.pt", image, text, tokens)
+    state = {name: x for name, x in traced.state_dict().items()} | {"input_resolution": torch.tensor(224)}
+    torch.save(state, tmp_path / "state.pt")
+    model, _ = equal_features(tmp_path / "state.pt", image, text, tokens)
+    assert model.config.quick_gelu == (True, True) and not model.remarks
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("act,form", [("quick_gelu", "safetensors"), ("gelu", "bin"), ("quick_gelu", "file")])
+def test_hugging_face_s_clip(act, form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3, patch_size=32,
+                  image_size=224, hidden_act=act)
+    words = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, hidden_act=act)
+    if form == "file":  # alone: heads of 64
+        vision |= dict(hidden_size=128, intermediate_size=512, num_attention_heads=2)
+    theirs = shaken(transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=words,
+                                                                   projection_dim=48)))
+    mean, std = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)) if form == "bin" else (evaluate.CLIP_MEAN, evaluate.CLIP_STD)
+    path = tmp_path
+    if form == "bin":
+        theirs.config.save_pretrained(tmp_path)
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=mean, image_std=std)))
+    else:
+        theirs.save_pretrained(tmp_path)
+    if form == "file":
+        (tmp_path / "model.safetensors").rename(tmp_path / "clip.safetensors")
+        path = tmp_path / "clip.safetensors"
+    tokens = Tokenizer.clip()(TEXTS)
+    with torch.no_grad():
+        image = theirs.visual_projection(theirs.vision_model(data.normalize(PIXELS, mean, std)).pooler_output)
+        out = theirs.text_model(tokens).last_hidden_state
+        text = theirs.text_projection(out[torch.arange(2), (tokens == 49407).int().argmax(1)])
+    model, _ = equal_features(path, image, text, tokens)
+    assert len(model.remarks) == (form == "file")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["clip", "slip", "simclr"])
+def test_slip_s_released_files(kind, tmp_path):
+    """Keys and contents as SLIP's main.py saves them, an argparse.Namespace among these."""
+    open_clip, timm = pytest.importorskip("open_clip"), pytest.importorskip("timm")
+    visual = shaken(timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0))
+    words = shaken(open_clip.create_model("ViT-B-32-quickgelu"))
+    projection = torch.randn(384, 512, generator=torch.Generator().manual_seed(1)) * 384 ** -0.5
+    state = {f"module.visual.{name}": x for name, x in visual.state_dict().items()}
+    if kind != "simclr":
+        state |= {f"module.{name}": x for name, x in words.state_dict().items() if not name.startswith("visual.")}
+        state["module.image_projection"] = projection
+    if kind != "clip":
+        state |= {"module.image_mlp.layer1.weight": torch.zeros(4, 384), "module.image_mlp.bn1.bias": torch.zeros(4)}
+    torch.save(dict(epoch=25, state_dict=state, best_acc1=42.8, args=argparse.Namespace(model="SLIP_VITS16", lr=3e-3)),
+               tmp_path / "slip.pt")
+    tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    with torch.no_grad():
+        features = visual(data.normalize(PIXELS))
+        if kind == "simclr":
+            model, tokenizer = evaluate.load_model(tmp_path / "slip.pt")
+            assert tokenizer is None
+            assert torch.allclose(model.visual(data.normalize(PIXELS))[:, 0], features, atol=1e-4)
+        else:
+            model, _ = equal_features(tmp_path / "slip.pt", features @ projection, words.encode_text(tokens), tokens)
+    assert (model.config.method, model.config.interpolation, model.config.heads) == (kind, "bilinear", 12)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("form", ["mae", "timm"])
+def test_vits_of_timm_and_mae(form, tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = shaken(timm.create_model("vit_base_patch16_224"))
+    if form == "mae":
+        mean, std, path = data.IMAGENET_MEAN, data.IMAGENET_STD, tmp_path / "mae.pth"
+        decoder = {"mask_token": torch.zeros(1), "decoder_embed.weight": torch.zeros(1)}
+        torch.save(dict(model=theirs.state_dict() | decoder, args=argparse.Namespace(lr=1)), path)
+    else:
+        mean, std, path = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), tmp_path
+        pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(dict(pretrained_cfg=dict(mean=mean, std=std))))
+    model, tokenizer = evaluate.load_model(path)
+    assert tokenizer is None and model.config.method == ("mae" if form == "mae" else "vit")
+    with torch.no_grad():
+        assert torch.allclose(model.visual(data.normalize(PIXELS)), theirs.forward_features(
+            data.normalize(PIXELS, mean, std)), atol=1e-4)
+
+
+def safetensors_file(header, body=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def test_safetensors(tmp_path):
+    x, y = torch.arange(6.0).reshape(2, 3).to(torch.bfloat16), torch.tensor([[7]], dtype=torch.int64)
+    body = b"!" + y.numpy().tobytes() + x.view(torch.int16).numpy().tobytes()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(safetensors_file({"x": dict(dtype="BF16", shape=[2, 3], data_offsets=[9, 21]), "__metadata__": {},
+                                       "y": dict(dtype="I64", shape=[1, 1], data_offsets=[1, 9])}, body))
+    read = evaluate.read_safetensors(file)
+    assert read.keys() == {"x", "y"} and torch.equal(read["x"], x) and torch.equal(read["y"], y)
+    good = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
+    wrongs = [{"x": good | dict(dtype="F1")}, {"x": good | dict(shape=[2])}, {"x": dict(dtype="F32")}, b"[1]", b"{"]
+    for wrong in (b"", b"\xff" * 12, safetensors_file({"x": good}, b"123"),
+                  *(safetensors_file(header, b"1234") for header in wrongs)):
+        file.write_bytes(wrong)
+        with pytest.raises(ValueError, match="x.safetensors is not a checkpoint"):
+            evaluate.load_model(file)
+
+
+def archive(path, pickled):
+    """A TorchScript archive whose data.pkl is `pickled`."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/data.pkl", pickled)
+        file.writestr("x/constants.pkl", b"")
+        file.writestr("x/data/0", torch.ones(4).numpy().tobytes())
+    return path
+
+
+def test_a_program_is_not_run(tmp_path):
+    call = b"system\n(S'echo this ran > ran'\ntR."
+    for pickled in (pickle.dumps(Evil()), b"c__torch__.os\n" + call, b"cos\n" + call):
+        with pytest.raises(ValueError, match="is not a checkpoint, or is damaged, or would run code"):
+            evaluate.load_model(archive(tmp_path / "program.pt", pickled))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="holds no weights that are known here .*its first keys are weight, bias"):
+        evaluate.load_model(tmp_path / "program.pt")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
+    torch.save(dict(state_dict=dict(x=torch.ones(1)), args=Evil()), tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt is not a checkpoint, .* or would run code, .*GLOBAL .*print"):
+        evaluate.load_model(tmp_path / "evil.pt")
+    assert "this must not run" not in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="a folder without model.safetensors"):
+        evaluate.load_model(tmp_path)
+
+
+def test_weights_of_other_shapes_are_told(tmp_path):
+    """A vocabulary that is not CLIP's, positions that are no square, a tower with parts that ours has not."""
+    state = {"visual.conv1.weight": torch.zeros(64, 3, 8, 8), "visual.class_embedding": torch.zeros(64),
+             "visual.positional_embedding": torch.zeros(17, 64), "visual.proj": torch.zeros(64, 32),
+             "token_embedding.weight": torch.zeros(100, 64), "positional_embedding": torch.zeros(77, 64),
+             "ln_final.weight": torch.zeros(64), "text_projection": torch.zeros(64, 32), "logit_scale": torch.ones(())}
+    for change, why in ((state, "vocabulary has 100 tokens"),
+                        (state | {"visual.positional_embedding": torch.zeros(16, 64)}, "16 positions are no square"),
+                        (state | {"token_embedding.weight": torch.zeros(49408, 64)}, "fit model.py: .*Missing key")):
+        torch.save(change, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match=why):
+            evaluate.load_model(tmp_path / "odd.pt")
