@@ -48,7 +48,7 @@ from tqdm import tqdm
 from tokenizer import Tokenizer, write_atomically
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # signals that end a run in good order
 # What Pillow's decoders are known to raise on damaged or hostile files; the warning is made an error in open_picture.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -1005,7 +1005,7 @@ class Order:
 
 # ---------------------------------------------------------------- pictures and transforms: PIL in, PIL out
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others start programs (EPS), or print what they think (TIFF)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")  # others start programs (EPS), or print what they think (TIFF)
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # what makes each of EXIF's orientations upright
@@ -1110,8 +1110,9 @@ def center_crop(image, size, resample=Image.BICUBIC, short=None):
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """uint8 pixels (..., H, W, 3) on any device -> float32 (..., 3, H, W)."""
-    mean, std = _channels(mean, images.device), _channels(std, images.device)
-    return ((images - mean) / std).movedim(-1, -3).contiguous()
+    mean, std = (_channels(x, images.device)[:, None, None] for x in (mean, std))
+    images = images.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.sub_(mean).div_(std)  # in place: new memory costs a CPU more than the arithmetic
 
 
 @lru_cache
@@ -1366,21 +1367,28 @@ def test_set(name, root="data", split="test", names=None):
         spoken = [_listed(one) for one in facts["classes"]]
         numbers = (_numbers_by_name if by_name else _numbers_in_order)(place, facts, own, remarks)
         if len(pictures) != facts[split]:
-            remarks.append(f"{len(pictures):,} pictures, the protocol has {facts[split]:,}")
+            remarks.append(f"{len(pictures):,} {split} pictures, the protocol has {facts[split]:,}")
     else:
         said = _words(Path(names or place / "words.txt"), own, bool(names))
+        if not said and all(re.fullmatch(r"n\d{8}", label) for label in own):
+            raise ValueError(f"{place}: the classes are WordNet ids: give words.txt or --names, or, for ImageNet's "
+                             "1,000, its name (imagenet) and --root")
         spoken = [[said.get(label, label.replace("_", " "))] for label in own]
         numbers = list(range(len(own)))
-    targets = torch.zeros(len(pictures), len(spoken), dtype=torch.long)
-    for row, classes in enumerate(labels):
-        if not all(0 <= label < len(numbers) for label in classes):
-            raise ValueError(f"{place}: {picture_name(pictures[row])} has the label {max(classes)}, of {len(numbers)} "
-                             "classes counted from 0")
-        targets[row, [numbers[label] for label in classes]] = 1
-    if empty := [spoken[k][0] for k in (targets.sum(0) == 0).nonzero().flatten().tolist()]:
-        raise ValueError(f"{place}: no picture of {len(empty)} of {len(spoken)} classes: {', '.join(empty[:5])}")
-    if facts.get("metric") != "11point_mAP":
-        targets = targets.argmax(1)
+    several = facts.get("metric") == "11point_mAP"
+    for picture, classes in zip(pictures, labels, strict=True):
+        if not classes or len(classes) > 1 and not several or not all(0 <= k < len(numbers) for k in classes):
+            raise ValueError(f"{place}: {picture_name(picture)} has the labels {classes}, of {len(numbers)} classes "
+                             "counted from 0")
+    if empty := sorted(set(range(len(spoken))) - {numbers[label] for classes in labels for label in classes}):
+        raise ValueError(f"{place}: no picture of {len(empty)} of {len(spoken)} classes: "
+                         + ", ".join(spoken[k][0] for k in empty[:5]))
+    if several:
+        targets = torch.zeros(len(pictures), len(spoken), dtype=torch.long)
+        for row, classes in zip(targets, labels, strict=True):
+            row[[numbers[label] for label in classes]] = 1
+    else:
+        targets = torch.tensor([numbers[label] for label, in labels])
     return TestSet(str(name), place, pictures, targets, spoken, facts.get("templates") or templates_of(place),
                    facts.get("metric", ""), facts.get("squash", False), tuple(remarks))
 
@@ -1414,7 +1422,7 @@ def _numbers_in_order(place, facts, own, remarks):
         if label not in unknown and k not in known[_plain(label)]:
             raise ValueError(f"{place}: its classes are in another order than the protocol's: number {k} is '{label}' "
                              f"here and '{_listed(facts['classes'][k])[0]}' in prompts.json")
-    if unknown and not (all(label.isdigit() for label in own) and own == sorted(own, key=int)):
+    if unknown:
         remarks.append(f"the order of {len(unknown)} of {count} classes was not checked: prompts.json does not know "
                        f"'{unknown[0]}'")
     return list(range(count))
@@ -1462,13 +1470,14 @@ def _elevater(home, split, facts):
     names = [f"{split}.txt", f"{split}_ic.txt", f"{split}_images.txt", f"{split}_meta.json", f"{split}.json"]
     if len(facts.get("classes", ())) == 1000:
         names = ["val.json" if split == "test" else "train.json"]
-    index = next((home / name for name in names if (home / name).is_file()), None)
-    if index is None:
+    for index in (home / name for name in names if (home / name).is_file()):
+        lines = index.read_text("utf-8").split("\n") if index.suffix == ".txt" else []
+        if index.suffix == ".json" or re.fullmatch(r".+@.+\s\d+(,\d+)*\s*", lines[0]):  # no other project's list
+            break
+    else:
         return None
     if index.suffix == ".txt":
-        lines = [line for line in index.read_text("utf-8").splitlines() if line.strip()]
-        if not lines or not re.fullmatch(r".+@.+\s\d+(,\d+)*", lines[0]):
-            return None  # another project's list
+        lines = [line for line in lines if line.strip()]
         rows = [re.fullmatch(r"(.+?)@(.+)\s(\d+(?:,\d+)*)", line.strip()) for line in lines]
         if None in rows:
             raise ValueError(f"{index}, line {rows.index(None) + 1}: not ZIP@PATH LABEL")
@@ -1520,7 +1529,8 @@ def _cifar(home, split, facts):
             pixels = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, np.uint8)
             pictures += list(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
             labels += [[label] for label in batch["fine_labels" if hundred else "labels"]]
-    except (KeyError, TypeError, AttributeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (LookupError, TypeError, AttributeError, EOFError, ValueError, OverflowError, MemoryError,
+            pickle.UnpicklingError) as error:
         raise ValueError(f"{home} does not hold CIFAR's batches whole ({type(error).__name__}: {error})") from error
     if len(pictures) != len(labels):
         raise ValueError(f"{home}: {len(pictures)} pictures and {len(labels)} labels")
@@ -1535,13 +1545,16 @@ def _mnist(home, split, facts):
         for name in (f"{kind}-{what}-ubyte", f"{kind}-{what}-ubyte.gz", f"{kind}-{what.replace('-', '.', 1)}-ubyte"):
             if (folder / name).is_file():
                 raw = (folder / name).read_bytes()
-                return gzip.decompress(raw) if name.endswith(".gz") else raw
+                try:
+                    return gzip.decompress(raw) if name.endswith(".gz") else raw
+                except (OSError, EOFError, zlib.error) as error:
+                    raise ValueError(f"{folder / name} is damaged ({error})") from error
         return None
     for folder in (home, home / "raw", home / "MNIST/raw") if facts else ():
         images, labels = content(folder, "images-idx3"), content(folder, "labels-idx1")
         if images is None or labels is None:
             continue
-        magic, count, rows, columns = struct.unpack(">4I", images[:16])
+        magic, count, rows, columns = struct.unpack(">4I", images[:16].ljust(16, b"\0"))
         if magic != 2051 or len(images) != 16 + count * rows * columns or len(labels) != 8 + count:
             raise ValueError(f"{folder}: MNIST's {kind} files are damaged: {count} pictures of {rows} x {columns} "
                              f"announced, {len(images) - 16} pixels and {len(labels) - 8} labels there")
@@ -1596,7 +1609,7 @@ def _wordnet_ids(path, expected):
 
 def _sorted_folders(home, split, facts):
     """Class folders."""
-    parts = ("classes/test", "val", "test", "validation", ".") if split == "test" else ("classes/train", "train")
+    parts = ("classes/test", "test", "val", "validation", ".") if split == "test" else ("classes/train", "train")
     place = next((home / part for part in parts if (home / part).is_dir() and any(
         picture_files(entry) for entry in (home / part).iterdir() if entry.is_dir())), None)
     if place is None:
@@ -1635,8 +1648,8 @@ def load_picture(picture):
         content = (_zip(str(picture[0]), os.getpid()).read(picture[1]) if isinstance(picture, tuple)
                    else Path(picture).read_bytes())
         return decode(content)
-    except (*BAD_IMAGE, zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"cannot read the test picture {picture_name(picture)}: {error}") from error
+    except (*BAD_IMAGE, zipfile.BadZipFile, KeyError, RuntimeError) as error:  # RuntimeError: encrypted, odd packing
+        raise ValueError(f"cannot read the picture {picture_name(picture)}: {error}") from error
 
 
 def class_folder(folder):
@@ -1674,16 +1687,16 @@ def karpathy(folder):
     homes = [folder / part for part in ("images", "flickr30k-images", "flickr30k_images", ".")]
     paths, texts, owners = [], [], []
     try:
-        for image in json.loads(file.read_text("utf-8"))["images"]:
+        for image in load_json(file.read_bytes())["images"]:
             if image["split"] == "test":
                 owners += [len(paths)] * len(image["sentences"])
-                texts += [sentence["raw"] for sentence in image["sentences"]]
+                texts += [sentence["raw"] + "" for sentence in image["sentences"]]  # TypeError for what is no text
                 name = Path(image.get("filepath", ""), image["filename"])
                 paths.append(next((home / name for home in homes if (home / name).is_file()), homes[0] / name))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a Karpathy json ({type(error).__name__}: {error})") from error
-    if not paths:
-        raise ValueError(f"{file} has no picture of split 'test'")
+    if not texts:
+        raise ValueError(f"{file} has no picture of split 'test' with a sentence")
     return paths, texts, owners
 
 

@@ -168,7 +168,7 @@ class _Script(pickle.Unpickler):
 
 FORMATS = ("our checkpoints; OpenAI's CLIP, open_clip's and SLIP's weights; Hugging Face's CLIPModel; timm's and MAE's "
            "ViTs with a class token")
-HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, -g, -G (open_clip, MAE); the others have heads of 64
+HEADS = {1280: 16}  # ViT-H (open_clip, MAE); the others have heads of 64
 
 
 def read_weights(path):
@@ -178,24 +178,47 @@ def read_weights(path):
     config.method names the kind: "slip", "simclr", "mae" and "vit" come without heads and decoders.  A normalisation of
     pixels other than ours is folded into the patch embedding.  Raises FileNotFoundError, or ValueError for all else.
     """
-    state, file = _load(path), weights_file(path)
-    if {"model_config", "model", "tokenizer"} <= state.keys():
-        try:
-            config = models.ModelConfig(**state["model_config"])
-        except TypeError as error:
-            raise ValueError(f"{path} does not fit this version of model.py: {error}") from error
-        return dict(model=state["model"], config=config, remarks=[], tokenizer=state["tokenizer"])
-    for key in ("state_dict", "model"):  # training scripts put it there
-        state = state[key] if isinstance(state.get(key), dict) else state
-    openai = "torchscript" in state or "input_resolution" in state
-    state = {str(name).removeprefix("module."): x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    state = _load(path)
     beside = {}
-    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json"):
-        if (file.parent / name).is_file() and file.name in NAMES:
-            beside |= json.loads((file.parent / name).read_text("utf-8"))
+    for file in settings_beside(path):
+        try:
+            beside |= json.loads(file.read_text("utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is no JSON object ({error})") from error
+    try:
+        found = _recognised(state, beside)
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} has the names of weights that are known, and does not fit them "
+                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+    if found is None:
+        raise ValueError(f"{path} holds no weights that are known here ({FORMATS}); its first keys are "
+                         f"{', '.join(list(map(str, _tensors(state)))[:4]) or 'none'}")
+    return found
+
+
+def settings_beside(path):
+    """The JSON files that belong to a file of weights from Hugging Face or open_clip."""
+    file = weights_file(path)
+    names = ("config.json", "open_clip_config.json", "preprocessor_config.json") if file.name in NAMES else ()
+    return [file.parent / name for name in names if (file.parent / name).is_file()]
+
+
+def _tensors(state):
+    """What is a tensor in a dict of weights, or in the one that a training script put into it."""
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    return {str(name).removeprefix("module."): x for name, x in state.items() if isinstance(x, torch.Tensor)}
+
+
+def _recognised(state, beside):
+    """The kind of weights by their names -> what read_weights returns, or None."""
+    if {"model_config", "model", "tokenizer"} <= state.keys():
+        return dict(model=dict(state["model"]), config=models.ModelConfig(**state["model_config"]), remarks=[],
+                    tokenizer=state["tokenizer"])
+    program, state = "torchscript" in state, _tensors(state)
     text = {"token_embedding.weight", "text_projection", "ln_final.weight", "positional_embedding"}
     if text | {"visual.conv1.weight", "visual.class_embedding", "visual.proj"} <= state.keys():
-        return _clip(state, beside, openai)
+        return _clip(state, beside, program or "input_resolution" in state)
     if "visual.patch_embed.proj.weight" in state and (text | {"image_projection"} <= state.keys() or
                                                       "image_mlp.layer1.weight" in state):
         return _slip(state)
@@ -203,8 +226,7 @@ def read_weights(path):
         return _hugging_face(state, beside)
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "cls_token", "norm.weight"} <= state.keys():
         return _timm(state, beside)
-    raise ValueError(f"{path} holds no weights that are known here ({FORMATS}); its first keys are "
-                     f"{', '.join(list(state)[:4]) or 'none'}")
+    return None
 
 
 def _renamed(state, prefix, renames):
@@ -264,11 +286,19 @@ def _clip(state, beside, openai):
     if not openai and "model_cfg" not in beside:  # the keys are the same for both
         remarks = ["the file does not say whether its towers have GELU or QuickGELU: GELU taken, as in open_clip's "
                    "models without 'quickgelu' in their names"]
-    known = dict(pre_norm=True, image_norm_eps=1e-5, quick_gelu=(quick, quick))
+    if view.get("resize_mode", "shortest") != "shortest":
+        remarks.append(f"made for pictures resized by '{view['resize_mode']}': here they are cropped")
+    known = dict(pre_norm=True, image_norm_eps=1e-5, quick_gelu=(quick, quick), interpolation=_named(view))
     if "head_width" in config.get("vision_cfg", {}):
         known["heads"] = config["vision_cfg"]["width"] // config["vision_cfg"]["head_width"]
     return _finished(ours | _clip_text(state), "clip", view.get("mean", CLIP_MEAN), view.get("std", CLIP_STD), remarks,
                      **known)
+
+
+def _named(view):
+    """The interpolation that a file of settings names, by a word or by Pillow's number; bicubic where it does not."""
+    said = view.get("interpolation") or view.get("resample")
+    return "bilinear" if said in ("bilinear", int(Image.BILINEAR)) else "bicubic"
 
 
 def _clip_text(state):
@@ -306,7 +336,7 @@ def _hugging_face(state, beside):
     ours["visual.cls_token"] = ours["visual.cls_token"][None, None]
     ours["visual.pos_embed"] = ours["visual.pos_embed"][None]
     towers = [beside.get(f"{tower}_config") or {} for tower in ("vision", "text")]
-    known = dict(pre_norm=True, image_norm_eps=towers[0].get("layer_norm_eps", 1e-5),
+    known = dict(pre_norm=True, image_norm_eps=towers[0].get("layer_norm_eps", 1e-5), interpolation=_named(beside),
                  quick_gelu=tuple(tower.get("hidden_act", "quick_gelu") == "quick_gelu" for tower in towers))
     for tower, field in zip(towers, ("heads", "text_heads"), strict=True):
         if "num_attention_heads" in tower:
@@ -324,7 +354,7 @@ def _timm(state, beside):
     remarks = [] if view else ["the file does not name the mean and deviation of its pixels: ImageNet's taken (MAE and "
                                "DeiT have these; some of timm's have 0.5)"]
     return _finished(ours, "mae" if "mask_token" in state else "vit", view.get("mean", data.IMAGENET_MEAN),
-                     view.get("std", data.IMAGENET_STD), remarks)
+                     view.get("std", data.IMAGENET_STD), remarks, interpolation=_named(view))
 
 
 def load_model(path):
@@ -340,10 +370,10 @@ def load_model(path):
         else:
             model = (models.CLIP if has_text else models.VisionModel)(config)
         model.load_state_dict(weights["model"])
-    except (KeyError, RuntimeError) as error:
+        tokenizer = (saved_tokenizer(weights) if "tokenizer" in weights else Tokenizer.clip()) if has_text else None
+    except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not fit model.py: {' '.join(str(error).split())[:300]}") from error
     model.remarks = weights["remarks"]
-    tokenizer = (saved_tokenizer(weights) if "tokenizer" in weights else Tokenizer.clip()) if has_text else None
     return model.eval(), tokenizer
 
 
@@ -400,34 +430,39 @@ def shared_out(encode, items):
     rank, world = ranks()
     if world == 1:
         return encode(items)
-    mine, error, parts = items[rank::world], None, [None] * world
-    try:
-        mine = encode(mine) if mine else None
-    except (OSError, ValueError) as failed:  # told to all ranks, or the others would wait for this one
-        mine, error = None, str(failed)
-    dist.all_gather_object(parts, (mine, error))
-    for _, error in parts:
-        if error:
-            raise ValueError(error)
-    parts = [part for part, _ in parts]
-    rows = parts[0].new_empty(len(items), *parts[0].shape[1:])
+    mine = together(lambda: encode(items[rank::world]) if items[rank::world] else None)
+    shape, dtype = on_first_rank(lambda: (mine.shape[1:], mine.dtype))
+    rows = torch.empty(len(items), *shape, dtype=dtype)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # train.py's group
     for other in range(min(world, len(items))):
-        rows[other::world] = parts[other]
+        part = mine if other == rank else torch.empty(len(range(other, len(items), world)), *shape, dtype=dtype)
+        part = part.to(device).contiguous()
+        dist.broadcast(part, other)
+        rows[other::world] = part.cpu()
     return rows
 
 
+def together(function):
+    """function() on every rank -> its value there.  What one of them raises is raised by all: nobody waits for it."""
+    value, error, errors = None, None, [None] * ranks()[1]
+    try:
+        value = function()
+    except (OSError, ValueError) as failed:
+        error = FileNotFoundError(str(failed)) if isinstance(failed, FileNotFoundError) else ValueError(str(failed))
+        if ranks()[1] == 1:
+            raise
+    if ranks()[1] > 1:
+        dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise error
+    return value
+
+
 def on_first_rank(function):
-    """function() on rank 0 -> its value on all ranks, which wait.  Its OSError or ValueError is raised on all."""
-    got = [None, None]
-    if ranks()[0] == 0:
-        try:
-            got[0] = function()
-        except (OSError, ValueError) as error:
-            got[1] = error
+    """function() on rank 0 -> its value on all ranks, which wait."""
+    got = [together(lambda: function() if ranks()[0] == 0 else None)]
     if ranks()[1] > 1:
         dist.broadcast_object_list(got)
-    if got[1]:
-        raise got[1]
     return got[0]
 
 
@@ -445,9 +480,11 @@ def finite(rows):
 
 
 @torch.no_grad()
-def encode_pictures(encode, pictures, model, view=None, batch_size=256):
+def encode_pictures(encode, pictures, model, view=None):
     """encode(pixels (B, 3, H, W) normalised) over pictures, in order.  -> float32 on the CPU (n, ...)"""
     def encoded(pictures):
+        # 32 pictures of 224 pixels take less than the 32 MiB above which malloc maps fresh pages each time
+        batch_size = 256 if _device(model).type == "cuda" else 32
         loader = torch.utils.data.DataLoader(_Pictures(pictures, view or evaluation_view(model.config)), batch_size,
                                              num_workers=loader_processes(len(pictures)))
         bar = tqdm(loader, "pictures", disable=quiet(), leave=False)
@@ -495,32 +532,50 @@ class Cache:
     def __init__(self, path=None):
         self.path = path and weights_file(path)
         if path:
+            digest = hashlib.sha256()
             with open(self.path, "rb") as file:
-                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                for part in iter(partial(file.read, 2 ** 24), b""):
+                    digest.update(part)
+            self.sha256 = digest.hexdigest()
+            files = [Path(module.__file__) for module in (data, models, words, sys.modules[__name__])]
+            for file in [*settings_beside(path), *files]:
+                digest.update(file.read_bytes())
+            self.origin = digest.hexdigest()[:8]
 
     def _suffix(self, what, key):
-        digest = hashlib.sha256(repr((self.sha256, key)).encode())
-        for module in (data, models, words, sys.modules[__name__]):
-            digest.update(Path(module.__file__).read_bytes())
-        return f".{what}-{self.sha256[:8]}-{digest.hexdigest()[:16]}.pt"
+        return f".{what}-{self.origin}-{hashlib.sha256(repr((self.sha256, key)).encode()).hexdigest()[:16]}.pt"
 
     def read(self, what, key):
         """What was written under this name and key, or None; the same on all ranks."""
         if not self.path:
             return None
-        place = on_first_rank(lambda: data.made(self.path, self._suffix(what, key)))
-        return place and torch.load(place, weights_only=True)
+        def read():
+            place = data.made(self.path, self._suffix(what, key))
+            try:
+                return place and torch.load(place, weights_only=True)
+            except DAMAGED:
+                return None
+        value = read()
+        if not on_first_rank(lambda: value is not None):
+            return None
+        return together(lambda: value if value is not None else self._missing(what))
+
+    def _missing(self, what):
+        raise FileNotFoundError(f"rank {ranks()[0]} does not see the {what} that rank 0 reads beside {self.path}: "
+                                "delete them there, or share the folder")
 
     def write(self, what, key, value):
-        """A tensor, or a dict of such; what belongs to weights that the file no longer holds goes.
+        """A tensor, or a dict of such; what was made of other weights, or by other code, goes.
 
         A full disk is a warning.
         """
         if self.path and ranks()[0] == 0:
-            place = data.to_make(self.path, self._suffix(what, key))
+            suffix = self._suffix(what, key)
             try:
-                for old in place.parent.glob(f"{glob.escape(self.path.name)}.{what}-????????-{'?' * 16}.pt"):
-                    if f".{what}-{self.sha256[:8]}-" not in old.name:
+                place = data.to_make(self.path, suffix)
+                stem = glob.escape(place.name.removesuffix(suffix))
+                for old in place.parent.glob(f"{stem}.{what}-????????-{'?' * 16}.pt"):
+                    if f".{what}-{self.origin}-" not in old.name:
                         old.unlink(missing_ok=True)
                 with data.making(place) as file:
                     torch.save(value, file)
@@ -604,7 +659,8 @@ def recall_of_features(images, texts, text_to_image, ks=(1, 5, 10), block=2 ** 2
     recall = {}
     for way, rows, columns in (("i2t", images, texts), ("t2i", texts, images)):
         size = max(1, block // len(columns))
-        counts = torch.cat([_ahead(part @ columns.T, mine) for part, mine in
+        held = rows.new_empty(min(size, len(rows)), len(columns))  # one for all: new memory costs more than the product
+        counts = torch.cat([_ahead(torch.mm(part, columns.T, out=held[:len(part)]), mine) for part, mine in
                             zip(rows.split(size), own[way].split(size), strict=True)])
         recall[way] = {k: (counts < k).float().mean().item() for k in ks}
     return recall
@@ -624,7 +680,7 @@ def _ahead(similarity, own):
     """How many others are at least as similar as the best of a row's own columns, own (rows, few), -1 for none."""
     mine = similarity.gather(1, own.clamp(min=0)).masked_fill(own < 0, -torch.inf)          # (rows, few)
     best = mine.amax(1, keepdim=True)
-    return (similarity >= best).sum(1) - (mine >= best).sum(1)
+    return (similarity >= best).sum(1, dtype=torch.int32) - (mine >= best).sum(1, dtype=torch.int32)  # twice as fast
 
 
 # ---------------------------------------------------------------- evaluations
@@ -669,7 +725,7 @@ def about(tests):
     return dict(set=tests.name, place=str(tests.place), pictures=len(tests.pictures), classes=len(tests.names))
 
 
-def retrieval(model, tokenizer, folder):
+def retrieval(model, tokenizer, folder, cache=NO_CACHE):
     """Image-text retrieval on the test split of a Karpathy json."""
     paths, texts, owners = data.karpathy(folder)
     recall = recall_of_features(encode_unit(model, paths), encode_texts(model, tokenizer, texts), owners)
@@ -678,7 +734,7 @@ def retrieval(model, tokenizer, folder):
                 protocol=dict(place=str(folder), pictures=len(paths), texts=len(texts), split="test"))
 
 
-def dense(model, tokenizer, folder):
+def dense(model, tokenizer, folder, cache=NO_CACHE):
     """Patch-word segmentation: each pixel goes to the class whose words are nearest to its patch.
 
     folder/{images,labels}/ hold pictures and label pictures of the same names; label 0 is left out, k is line k of
@@ -708,7 +764,8 @@ def dense(model, tokenizer, folder):
                                     minlength=confusion.numel()).view_as(confusion)
     return dict(scores={"mIoU": mean_iou(confusion),
                         "pixel accuracy": (confusion.trace() / confusion.sum()).item()},
-                chance=1 / (2 * len(names) - 1), over=f"{len(paths)} pictures, {len(names)} classes")
+                chance=1 / (2 * len(names) - 1), over=f"{len(paths)} pictures, {len(names)} classes",
+                protocol=dict(place=str(folder), pictures=len(paths), classes=len(names)))
 
 
 def mean_iou(confusion):
@@ -721,9 +778,9 @@ FEATURES = {"cls": lambda x: x[:, 0], "patches": lambda x: x[:, 1:].mean(1),
             "both": lambda x: torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)}  # of visual's (B, 1 + N, D): not projected
 
 
-def _stamp(pictures):
-    """What changes when one of the pictures does: their places, sizes and times, or their pixels."""
-    digest, files = hashlib.sha256(), {}
+def _stamp(pictures, targets=()):
+    """What changes when one of the pictures does: their places, sizes and times, or their pixels; or one label."""
+    digest, files = hashlib.sha256(np.asarray(targets).tobytes()), {}
     for picture in pictures:
         if isinstance(picture, np.ndarray):
             digest.update(picture.tobytes())
@@ -748,9 +805,9 @@ def probe_sets(name, root=""):
 def linear(model, sets, cache=NO_CACHE, features="cls"):
     """Linear probe in CLIP's way: logistic regression by L-BFGS on frozen features, without augmentation.
 
-    sets: the training and the test set (probe_sets).  The penalty is the best on a
-    fifth of each training class, found as CLIP does: seven from 1e-6 to 1e6, then the interval around the best halved
-    down to an eighth of a decade.  Then the whole training set is fitted.
+    sets: the training and the test set (probe_sets).  The penalty is the best on a fifth of each training class, found
+    as CLIP does: seven from 1e-6 to 1e6, then the interval around the best halved down to an eighth of a decade.  Then
+    the whole training set is fitted.
     """
     train, tests = sets
 
@@ -763,13 +820,16 @@ def linear(model, sets, cache=NO_CACHE, features="cls"):
     scores, penalty = on_first_rank(lambda: _fitted(x, train.targets, x_test, len(train.names), metric, _device(model)))
     return dict(scores={tests.metric or "top-1": metric(scores, tests.targets)}, chance=chance(tests),
                 over=f"{len(x_test):,} pictures of {len(tests.names):,} classes, {len(x):,} to train",
-                remarks=tests.remarks, protocol=about(tests) | dict(
+                remarks=train.remarks + tests.remarks, protocol=about(tests) | dict(
                     recipe="clip", features=features, penalty=penalty, training_pictures=len(x),
                     view=f"{model.config.interpolation}, {model.config.image_size}"))
 
 
 def _fitted(x, y, x_test, classes, metric, device):
     """-> class scores of x_test, and the penalty that was chosen."""
+    def fitted(x, y, exponent, rows):
+        logits = logistic_regression(x, y, classes, 10 ** exponent)(rows).double()
+        return logits.softmax(1) if y.ndim == 1 else logits
     held_out = torch.zeros(len(x), dtype=torch.bool)
     held_out[(y if y.ndim == 1 else torch.zeros(len(y))).argsort(stable=True)[::5]] = True
     x, tried, step, ask = x.to(device), {}, 2.0, [float(k) for k in range(-6, 7, 2)]
@@ -777,22 +837,21 @@ def _fitted(x, y, x_test, classes, metric, device):
         while step >= 1 / 8:
             for exponent in ask:
                 if abs(exponent) <= 6:
-                    predict = logistic_regression(x[~held_out], y[~held_out], classes, 10 ** exponent)
-                    tried[exponent] = metric(predict(x[held_out]).softmax(1), y[held_out])
+                    tried[exponent] = metric(fitted(x[~held_out], y[~held_out], exponent, x[held_out]), y[held_out])
                 bar.update()
             best, step = max(tried, key=tried.get), step / 2
             ask = [best - step, best + step]
-    return logistic_regression(x, y, classes, 10 ** best)(x_test).softmax(1), 10 ** best
+    return fitted(x, y, best, x_test), 10 ** best
 
 
 def logistic_regression(x, y, classes, penalty):
     """Minimise the SUM of cross-entropies + penalty / 2 * |W|^2 (scikit-learn's C = 1 / penalty) by L-BFGS.
 
-    x (n, D), y (n,), or (n, C) of 0 and 1 for one regression per class -> function (m, D) -> (m, C) on the CPU.  The
-    steps are taken on features of mean 0 and deviation 1, where they are short; the minimum is that of the raw ones.
+    x (n, D), y (n,), or (n, C) of 0 and 1 for one regression per class -> function (m, D) -> logits (m, C) on the CPU.
+    The steps are taken on features of mean 0 and deviation 1, where they are few; the minimum is that of the raw ones.
     """
     mean, std = x.mean(0), x.std(0) + 1e-6
-    x, y = (x - mean) / std, y.to(x.device)
+    x, y, size = (x - mean) / std, y.to(x.device), 2 ** 28 // classes  # rows at a time, whose logits take 1 GiB
     weight = torch.zeros(x.size(1), classes, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-6,  # 1000: CLIP
@@ -800,12 +859,16 @@ def logistic_regression(x, y, classes, penalty):
 
     def closure():
         optimizer.zero_grad()
-        logits = x @ weight + bias
-        loss = (F.cross_entropy(logits, y) if y.ndim == 1 else
-                F.binary_cross_entropy_with_logits(logits, y.float()) * classes)
-        loss = loss + penalty / 2 / len(x) * (weight / std[:, None]).square().sum()
+        total = 0
+        for rows, labels in zip(x.split(size), y.split(size), strict=True):
+            logits = rows @ weight + bias
+            loss = (F.cross_entropy(logits, labels, reduction="sum") if y.ndim == 1 else
+                    F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")) / len(x)
+            loss.backward()
+            total += loss.detach()
+        loss = penalty / 2 / len(x) * (weight / std[:, None]).square().sum()
         loss.backward()
-        return loss
+        return total + loss.detach()
     optimizer.step(closure)
     weight, bias = weight.detach(), bias.detach()
     return lambda rows: ((rows.to(x.device) - mean) / std @ weight + bias).cpu()
@@ -839,14 +902,15 @@ def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_
     batch_size = min(batch_size, len(train.pictures) // world * world)
     if batch_size == 0 or batch_size % world:
         raise ValueError(f"a batch of {batch_size} pictures cannot be shared by {world} ranks")
-    lr, size = lr or 3 * batch_size / 256, model.config.image_size
+    lr, size = 3 * batch_size / 256 if lr is None else lr, model.config.image_size
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(model.config.width * (2 if features == "both" else 1), classes)
     torch.nn.init.normal_(head.weight, std=0.01, generator=generator)
     torch.nn.init.zeros_(head.bias)
     head.to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
-    key = ("mocov3", features, epochs, batch_size, lr, cache.path and _stamp(train.pictures))
+    made_of = cache.path and _stamp(train.pictures, train.targets)
+    key = ("mocov3", features, epochs, batch_size, lr, classes, made_of)
     first = 0
     if state := cache.read("head", key):
         head.load_state_dict(state["head"])
@@ -879,7 +943,7 @@ def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_
     metric = METRICS[tests.metric or "accuracy"]
     return dict(scores={tests.metric or "top-1": metric(scores.softmax(1), tests.targets)}, chance=chance(tests),
                 over=f"{len(scores):,} pictures of {classes:,} classes, {len(train.pictures):,} to train",
-                remarks=tests.remarks, protocol=about(tests) | dict(
+                remarks=train.remarks + tests.remarks, protocol=about(tests) | dict(
                     recipe="mocov3", features=features, epochs=epochs, batch_size=batch_size, lr=lr,
                     training_pictures=len(train.pictures), view=f"bilinear, {size * 256 // 224}, {size}"))
 
@@ -1091,9 +1155,10 @@ def provenance():
 class Records:
     """results.json beside a checkpoint: a list of all that was measured there, one record per task and protocol."""
 
-    def __init__(self, cache):
+    def __init__(self, cache, model):
         self.path = cache.path.parent / "results.json"
-        self.about = dict(checkpoint=cache.path.name, sha256=cache.sha256)
+        self.about = dict(checkpoint=cache.path.name, sha256=cache.sha256, model=dataclasses.asdict(model.config),
+                          model_remarks=model.remarks)
         self.read()  # told now, not after hours
 
     def read(self):
@@ -1109,11 +1174,11 @@ class Records:
         raise ValueError(f"{self.path} was not written by evaluate.py: move it away, so that it is not overwritten")
 
     def add(self, task, result):
-        """Replaces the record of the same weights, task and protocol."""
+        """Replaces the record of the same weights, model, task and protocol."""
         record = self.about | dict(task=task, **{name: result.get(name) for name in ("scores", "chance", "protocol",
                                                                                      "remarks")})
         record = json.loads(json.dumps(record))
-        same = ("sha256", "task", "protocol")
+        same = ("sha256", "model", "task", "protocol")
         kept = [old for old in self.read() if any(old.get(name) != record[name] for name in same)]
         record |= dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), **provenance())
         try:
@@ -1140,84 +1205,103 @@ EVALUATIONS = dict(zeroshot=("classes/test", zeroshot), retrieval=("val", retrie
 
 
 def tasks(args):
-    """What the command line asks for: (name, whether a missing set is skipped, function of model, tokenizer, cache)."""
+    """What the command line asks for: flag, name, whether it is one of ICinW's, what loads it, what evaluates that."""
     known = data.protocols()
-    twenty = [name for name in known if name != "imagenet"]
 
-    def classify(name, model, tokenizer, cache):
+    def load(name):
         tests = data.test_set(name, args.root, names=args.names)
         if tests.name == "imagenet" and args.templates == 7:
             tests = dataclasses.replace(tests, templates=known["imagenet"]["templates7"])
-        return zeroshot(model, tokenizer, tests, cache, args.synonyms)
+        return tests
 
-    def probe(name, model, tokenizer, cache):
-        sets = probe_sets(name, args.root)
+    def probe(model, tokenizer, sets, cache):
         if args.protocol == "mocov3":
-            return linear_mocov3(model, sets, cache, args.features, args.epochs, args.batch_size, args.lr)
+            return linear_mocov3(model, sets, cache, args.features, args.epochs or 90, args.batch_size or 1024, args.lr)
         return linear(model, sets, cache, args.features)
     for name in args.zeroshot or ():
-        for one in twenty if name == "icinw" else [name]:
-            yield "zeroshot", one, name == "icinw", partial(classify, one)
+        for one in [name for name in known if name != "imagenet"] if name == "icinw" else [name]:
+            yield "zeroshot", one, name == "icinw", partial(load, one), partial(zeroshot, synonyms=args.synonyms)
     for flag, part, function in (("retrieval", "val", retrieval), ("dense", "dense", dense)):
         for name in getattr(args, flag) or ():
-            yield flag, name, False, lambda model, tokenizer, cache, name=name, part=part, function=function: function(
-                model, tokenizer, find(name, args.root, part))
+            yield flag, name, False, partial(find, name, args.root, part), function
     for name in args.linear or ():
-        yield "linear", name, False, partial(probe, name)
+        yield "linear", name, False, partial(probe_sets, name, args.root), probe
 
 
-def icinw(results, count):
+def icinw(results):
     """The mean over the data sets of ICinW that were there, as a result of its own."""
-    scores = [next(iter(result["scores"].values())) for result in results]
+    scores, count = [next(iter(result["scores"].values())) for result in results], len(data.protocols()) - 1
     name = f"mean of {count}" if len(scores) == count else "partial mean"
     return dict(scores={name: sum(scores) / len(scores)}, chance=sum(r["chance"] for r in results) / len(results),
-                over=f"{len(scores)} of {count} data sets", protocol=dict(sets=len(scores)))
+                over=f"{len(scores)} of {count} data sets", protocol=dict(sets=[r["protocol"] for r in results]))
 
 
-def run(args):
-    """What the command line asks for.  Raises ValueError at the end for the data sets that could not be read."""
-    rank = ranks()[0]
-    checkpoints = [Path(path) for path in args.checkpoint or [newest_checkpoint()]]
-    columns, methods, missing, failed = {}, [], {}, {}
-    for path in checkpoints:
-        cache = Cache(path)
-        model, tokenizer = load_model(path)
-        records = Records(cache)
-        model.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
-        if rank == 0:
-            size = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"{path}: {model.config.method}, {size:.1f} M parameters, {model.config.image_size} pixels",
-                  *model.remarks, sep="\n  ")
-        results, twenty = columns.setdefault("/".join(path.parts[-2:]), {}), []
-        methods.append(model.config.method)
-        for flag, name, of_icinw, evaluate in tasks(args):
+def measure(path, args, missing, failed):
+    """All that is asked for, on one checkpoint -> its method, {task: result}; what is not there goes to `missing`.
+
+    Of several ranks, one that fails alone ends the job: the others are in the middle of what they do together.
+    """
+    cache = Cache(path)
+    model, tokenizer = load_model(path)
+    records, results, twenty = Records(cache, model), {}, []
+    model.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
+    if ranks()[0] == 0:
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{path}: {model.config.method}, {size:.1f} M parameters, {model.config.image_size} pixels",
+              *model.remarks, sep="\n  ")
+
+    def keep(task, result):
+        results[task] = result
+        if ranks()[0] == 0:
+            records.add(task, result)
+    for flag, name, of_icinw, load, evaluate in tasks(args):
+        try:
             if tokenizer is None and flag != "linear":
                 raise ValueError(f"--{flag} needs a text encoder, and {path} ({model.config.method}) has none: use "
                                  "--linear")
-            try:
-                result = evaluate(model, tokenizer, cache)
-            except (OSError, ValueError) as error:
-                (missing if of_icinw and isinstance(error, FileNotFoundError) else failed)[name] = error
-                continue
-            task = f"{flag} {result['protocol'].get('set', name)}"
-            results[task] = result
-            twenty += [result] * of_icinw
-            if rank == 0:
-                records.add(task, result)
-        if twenty:
-            results["zeroshot icinw"] = icinw(twenty, len(data.protocols()) - 1)
-            if rank == 0:
-                records.add("zeroshot icinw", results["zeroshot icinw"])
-    if rank == 0 and any(columns.values()):
-        print(table(columns, methods))
-    if rank == 0:
+            tests = together(load)
+        except (OSError, ValueError) as error:  # of all ranks
+            if of_icinw and isinstance(error, FileNotFoundError):
+                missing[name] = error
+            else:
+                failed.append(f"{name}: {error}")
+            continue
+        try:
+            result = evaluate(model, tokenizer, tests, cache)
+        except (OSError, ValueError) as error:
+            if ranks()[1] > 1:
+                raise
+            failed.append(f"{name}: {error}")
+            continue
+        keep(f"{flag} {result['protocol'].get('set', name)}", result)
+        twenty += [result] * of_icinw
+    if twenty:
+        keep("zeroshot icinw", icinw(twenty))
+    return model.config.method, results
+
+
+def run(args):
+    """What the command line asks for.  Raises ValueError at the end for what could not be evaluated."""
+    columns, missing, failed = {}, {}, []
+    for path in dict.fromkeys(args.checkpoint or [newest_checkpoint()]):
+        try:
+            columns[str(path)] = measure(path, args, missing, failed)
+        except (OSError, ValueError) as error:
+            if ranks()[1] > 1:
+                raise
+            failed.append(str(error))
+    measured = any(results for _, results in columns.values())
+    if ranks()[0] == 0:
+        if measured:
+            print(table({path: results for path, (_, results) in columns.items()},
+                        [method for method, _ in columns.values()]))
         for name, error in missing.items():
             homes = data.homes(name, args.root)
             print(f"missing: {name}:", error if any(home.is_dir() for home in homes) else ", ".join(map(str, homes)))
-    if missing and not any(columns.values()):
-        raise ValueError(f"none of ICinW's data sets is under {args.root}")
+    if missing and not measured:
+        failed.append(f"none of ICinW's data sets is under {args.root}")
     if failed:
-        raise ValueError("; ".join(f"{name}: {error}" for name, error in failed.items()))
+        raise ValueError("; ".join(dict.fromkeys(failed)))
 
 
 def draw(args):
@@ -1255,14 +1339,26 @@ def main():
                         "mean of the patches, or both")
     parser.add_argument("--protocol", choices=("clip", "mocov3"), default="clip", help="--linear: logistic "
                         "regression by L-BFGS on fixed features, or SGD with crops and mirrors")
-    parser.add_argument("--epochs", type=int, default=90, help="--protocol mocov3")
-    parser.add_argument("--batch-size", type=int, default=1024, help="--protocol mocov3: of all ranks together")
+    parser.add_argument("--epochs", type=int, help="--protocol mocov3 (default: 90)")
+    parser.add_argument("--batch-size", type=int, help="--protocol mocov3: of all ranks together (default: 1024)")
     parser.add_argument("--lr", type=float, help="--protocol mocov3 (default: 3 x batch / 256)")
     parser.add_argument("--heatmap", nargs=2, metavar=("IMAGE", "CAPTION"), help="write a word map of a picture")
     parser.add_argument("--output", default="heatmap.png", help="where --heatmap writes (default: heatmap.png)")
     args = parser.parse_args()
     if not any((args.zeroshot, args.retrieval, args.dense, args.linear, args.heatmap)):
         parser.error("nothing to do: give --zeroshot, --retrieval, --dense, --linear or --heatmap")
+    for name, ready, what in (("templates", args.zeroshot, "--zeroshot"), ("synonyms", args.zeroshot, "--zeroshot"),
+                              ("names", args.zeroshot, "--zeroshot"), ("features", args.linear, "--linear"),
+                              ("protocol", args.linear, "--linear"), ("output", args.heatmap, "--heatmap"),
+                              *((name, args.protocol == "mocov3", "--protocol mocov3")
+                                for name in ("epochs", "batch_size", "lr"))):
+        given = getattr(args, name) != parser.get_default(name)
+        if given and not ready:
+            parser.error(f"--{name.replace('_', '-')} is for {what}")
+        if given and name in ("epochs", "batch_size", "lr") and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if args.heatmap and len(args.checkpoint or ()) > 1:
+        parser.error("--heatmap draws one checkpoint's map")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (ELEVATER, SLIP)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -1171,6 +1171,11 @@ def test_class_folders_and_retrieval_sets_that_are_wrong(tmp_path):
         (tmp_path / "karpathy.json").write_text(content)
         with pytest.raises(ValueError, match="not a Karpathy json"):
             data.karpathy(tmp_path)
+    for sentences in ("[]", '[{"raw": null}]', '[{"raw": 3}]'):
+        (tmp_path / "karpathy.json").write_text(
+            '{"images": [{"split": "test", "filename": "x", "sentences": ' + sentences + "}]}")
+        with pytest.raises(ValueError, match="not a Karpathy json|no picture of split 'test' with a sentence"):
+            data.karpathy(tmp_path)
     (tmp_path / "karpathy.json").write_text('{"images": []}')
-    with pytest.raises(ValueError, match="no picture of split 'test'"):
+    with pytest.raises(ValueError, match="no picture of split .test. with a sentence"):
         data.karpathy(tmp_path)

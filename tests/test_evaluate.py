@@ -1,6 +1,7 @@
 """Metrics against naive loops and scikit-learn, evaluations on sets whose answer is known, loading, the word map."""
 import argparse
 import json
+import os
 import pickle
 import socket
 import zipfile
@@ -165,7 +166,7 @@ def test_zeroshot_and_linear_on_a_class_folder(tmp_path):
     assert result["per_class"] == pytest.approx(dict(red=5 / 6, green=1.0, blue=1.0))
     assert evaluate.linear(model, evaluate.probe_sets(tmp_path))["scores"]["top-1"] == pytest.approx(15 / 16)
     (tmp_path / "test/red/9.png").write_text("no picture")
-    with pytest.raises(ValueError, match="cannot read the test picture .*9.png"):
+    with pytest.raises(ValueError, match="cannot read the picture .*9.png"):
         evaluate.zeroshot(model, model.tokenizer, tmp_path / "test")
 
 
@@ -243,6 +244,34 @@ def test_the_cache_knows_weights_prompts_and_pictures(tmp_path):
     assert len(set(stamps)) == 5
 
 
+def test_the_cache_knows_settings_beside_weights_and_survives_damage(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    caches = [evaluate.Cache(tmp_path)]
+    for content in ('{"hidden_act": "gelu"}', '{"hidden_act": "quick_gelu"}'):
+        (tmp_path / "config.json").write_text(content)
+        caches.append(evaluate.Cache(tmp_path))
+    for n, cache in enumerate(caches):
+        assert cache("classifier", 1, lambda n=n: torch.tensor([n])) == n
+    kept = list(tmp_path.glob("model.safetensors.classifier-*.pt"))
+    assert len(kept) == 1
+    for content in (b"", kept[0].read_bytes()[:-100]):
+        kept[0].write_bytes(content)
+        assert caches[-1]("classifier", 1, lambda: torch.tensor([9])) == 9
+
+
+def test_the_user_s_cache_is_cleared_of_old_weights_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    (tmp_path / "last.pt").write_bytes(b"1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/last.pt").write_bytes(b"1")
+    evaluate.Cache(tmp_path / "other/last.pt")("features", 1, lambda: torch.ones(1))
+    for content in (b"2", b"3"):
+        (tmp_path / "last.pt").write_bytes(content)
+        evaluate.Cache(tmp_path / "last.pt")("features", 1, lambda: torch.ones(1))
+    assert len(list((tmp_path / "home/maskclip").iterdir())) == 2  # this file's newest, and the other's
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
     (tmp_path / "last.pt").write_bytes(b"weights")
 
@@ -252,14 +281,18 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caps
     assert evaluate.Cache(tmp_path / "last.pt")("features", 1, lambda: torch.ones(1)) == 1
     assert "warning: features not kept for the next time" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    monkeypatch.setattr(data, "to_make", lambda *_: full(0, 0))
+    assert evaluate.Cache(tmp_path / "last.pt")("features", 1, lambda: torch.ones(1)) == 1
+    assert "warning: features not kept for the next time" in capsys.readouterr().err
 
 
 def test_results_json_that_is_not_ours_is_left_alone(tmp_path):
+    model = SimpleNamespace(config=evaluate.models.ModelConfig(), remarks=[])
     (tmp_path / "last.pt").write_bytes(b"weights")
     for content in ('{"accuracy": 3}', "[1]", "{", '[{"scores": 1}]'):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match="results.json was not written by evaluate.py: move it away"):
-            evaluate.Records(evaluate.Cache(tmp_path / "last.pt"))
+            evaluate.Records(evaluate.Cache(tmp_path / "last.pt"), model)
         assert (tmp_path / "results.json").read_text() == content
 
 
@@ -274,6 +307,13 @@ def test_logistic_regression_equals_scikit_learn():
     predict = evaluate.logistic_regression(torch.tensor(x).float(), torch.tensor(y), 4, 3.0)
     ours = predict(torch.tensor(x).float()).softmax(1).numpy()
     assert np.abs(ours - reference.predict_proba(x)).max() < 1e-3
+
+    several = (x @ rng.normal(size=(10, 3)) + rng.normal(size=(300, 3)) > 1).astype(int)  # one regression per class
+    predict = evaluate.logistic_regression(torch.tensor(x).float(), torch.tensor(several), 3, 3.0)
+    ours = predict(torch.tensor(x).float()).sigmoid().numpy()
+    for c in range(3):
+        reference = linear_model.LogisticRegression(C=1 / 3, tol=1e-8, max_iter=5000).fit(x, several[:, c])
+        assert np.abs(ours[:, c] - reference.predict_proba(x)[:, 1]).max() < 1e-3
 
 
 # ---------------------------------------------------------------- loading, the word map
@@ -577,5 +617,31 @@ def test_weights_of_other_shapes_are_told(tmp_path):
                         (state | {"visual.positional_embedding": torch.zeros(16, 64)}, "16 positions are no square"),
                         (state | {"token_embedding.weight": torch.zeros(49408, 64)}, "fit model.py: .*Missing key")):
         torch.save(change, tmp_path / "odd.pt")
-        with pytest.raises(ValueError, match=why):
+        with pytest.raises(ValueError, match=f"odd.pt .*{why}"):
             evaluate.load_model(tmp_path / "odd.pt")
+
+
+BLOCK = {"blocks.0.attn.qkv.weight": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(1),
+         "cls_token": torch.zeros(1), "norm.weight": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("state", [
+    BLOCK, BLOCK | {"pos_embed": torch.zeros(1, 5, 1)}, {"model": BLOCK},
+    {"vision_model.embeddings.class_embedding": torch.zeros(1),
+     "text_model.embeddings.token_embedding.weight": torch.zeros(1)},
+    {"visual.patch_embed.proj.weight": torch.zeros(1), "image_mlp.layer1.weight": torch.zeros(1)},
+    dict(model_config=dict(width="wide"), model={}, tokenizer=[]), dict(model_config=[1], model={}, tokenizer=[]),
+    dict(model_config={}, model=3, tokenizer=[]), dict(model_config=dict(unknown=1), model={}, tokenizer=[])])
+def test_half_a_state_is_told(state, tmp_path):
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt (has the names of weights that are known, and )?does not fit"):
+        evaluate.load_model(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"pretrained_cfg": null}', '{"pretrained_cfg": {"mean": "x"}}', "3"])
+def test_odd_settings_beside_weights_are_told(content, tmp_path):
+    torch.save(BLOCK | {"pos_embed": torch.zeros(1, 5, 1), "patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)},
+               tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        evaluate.load_model(tmp_path)

@@ -470,7 +470,7 @@ def test_a_test_picture_that_cannot_be_read_fails_no_rank(world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     (tmp_path / "world/classes/test/red star/1.png").write_bytes(b"no picture")
     code, out, err = finish(torchrun(tmp_path / "world", tmp_path, tmp_path / "run", 2))
-    assert code == 0 and out.count("zeroshot not evaluated: cannot read the test picture") == EPOCHS + 1, err
+    assert code == 0 and out.count("zeroshot not evaluated: cannot read the picture") == EPOCHS + 1, err
     assert steps_of(tmp_path / "run") == list(range(1, STEPS + 1))
 
 

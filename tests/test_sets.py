@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -255,6 +256,9 @@ def test_mnist_s_own_files(packed, tmp_path, tiny):
     (folder / f"t10k-images-idx3-ubyte{end}").write_bytes(gzip.compress(content) if packed else content)
     with pytest.raises(ValueError, match="MNIST's t10k files are damaged"):
         data.test_set("mnist", tmp_path / "a")
+    (folder / f"t10k-images-idx3-ubyte{end}").write_bytes(gzip.compress(content)[:-9] if packed else b"12")
+    with pytest.raises(ValueError, match="damaged"):
+        data.test_set("mnist", tmp_path / "a")
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -293,7 +297,7 @@ def test_imagenet_flat_is_imagenet_sorted(imagenet):
     assert ordered.targets.tolist() == list(range(1000)) and ordered.names[0] == ["tench"]
     assert dict(zip([p.name for p in flat.pictures], flat.targets.tolist(), strict=True)) == dict(
         zip([p.name for p in ordered.pictures], ordered.targets.tolist(), strict=True))
-    assert ordered.remarks == ("1,000 pictures, the protocol has 50,000",)
+    assert ordered.remarks == ("1,000 test pictures, the protocol has 50,000",)
 
 
 def test_imagenet_with_something_missing(imagenet, tmp_path):
@@ -365,7 +369,10 @@ def test_classes_that_are_missing_unknown_or_in_another_order(tmp_path):
     with pytest.raises(ValueError, match="no picture of 1 of 10 classes: lake or sea"):
         data.test_set("eurosat_clip", tmp_path / "a")
     (home / "test.txt").write_text("\n".join([*lines[:-1], lines[-1].replace(" 9", " 10")]))
-    with pytest.raises(ValueError, match="9_1.png has the label 10, of 10 classes counted from 0"):
+    with pytest.raises(ValueError, match=r"9_1.png has the labels \[10\], of 10 classes counted from 0"):
+        data.test_set("eurosat_clip", tmp_path / "a")
+    (home / "test.txt").write_text("\n".join([lines[0] + ",3", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"0_0.png has the labels \[0, 3\], of 10 classes"):
         data.test_set("eurosat_clip", tmp_path / "a")
     (home / "test.txt").write_text("\n".join([*lines, "test.zip@nowhere.png 3"]))
     with pytest.raises(ValueError, match="test.zip does not hold nowhere.png, which .*test.txt names"):
@@ -421,6 +428,84 @@ def test_names_of_class_folders(tmp_path):
         data.test_set("mnist", tmp_path, names=names)
 
 
+def test_the_test_split_is_taken_before_the_validation_split(tmp_path):
+    for split, each in (("train", 1), ("val", 2), ("test", 3)):
+        class_folders(tmp_path / "dtd" / split, spoken("dtd"), each)
+    assert len(data.test_set("dtd", tmp_path).pictures) == 3 * 47
+    assert len(data.test_set("dtd", tmp_path, "train").pictures) == 47
+
+
+def test_wordnet_ids_are_no_names(tmp_path):
+    class_folders(tmp_path / "mine/val", ["n01440764", "n01443537"])
+    with pytest.raises(ValueError, match="the classes are WordNet ids: give words.txt or --names"):
+        data.test_set("mine", tmp_path)
+
+
+def test_pictures_in_ppm_and_labels_that_are_numbers(tmp_path, tiny):
+    """GTSRB is distributed so."""
+    facts = data.protocols()["gtsrb"]
+    for k in range(43):
+        (tmp_path / f"a/gtsrb/test/{k:05}").mkdir(parents=True)
+        picture(k, 0).save(tmp_path / f"a/gtsrb/test/{k:05}/{k}.ppm")
+        (tmp_path / "b").mkdir(exist_ok=True)
+    home = tmp_path / "b" / facts["folders"][-1]
+    iris(home, [str(k) for k in range(43)], each=1)
+    one, other = (data.test_set("gtsrb", tmp_path / part) for part in "ab")
+    assert one.remarks[0] == "the classes are called by numbers: their order was not checked"
+    assert other.remarks[0].startswith("the order of 43 of 43 classes was not checked")
+    assert evaluate.zeroshot(*tiny, one)["per_class"] == evaluate.zeroshot(*tiny, other)["per_class"]
+
+
+def test_another_project_s_list_is_passed_over(tmp_path):
+    names = spoken("voc-2007-classification")
+    iris(tmp_path / "voc2007", names)
+    (tmp_path / "voc2007/test.txt").rename(tmp_path / "voc2007/test_ic.txt")
+    (tmp_path / "voc2007/test.txt").write_text("000001\n000002\n")
+    assert data.test_set("voc2007", tmp_path).targets.sum(0).tolist() == [2] * 20
+
+
+def test_pictures_are_seen_as_the_format_wants(tmp_path, tiny, monkeypatch):
+    """Bicubic or bilinear, cropped or squashed, MoCo v3's wider view: against Pillow's own calls."""
+    image = picture(0, 0, (100, 75))
+    image.save(tmp_path / "a.png")
+    config = tiny[0].config
+
+    def pixels(view):
+        return np.asarray(view(data.load_picture(tmp_path / "a.png"))).tolist()
+
+    def cropped(short, resample):
+        resized = image.resize((short * 100 // 75, short), resample)
+        x, y = round((resized.width - 32) / 2), round((resized.height - 32) / 2)
+        return np.asarray(resized.crop((x, y, x + 32, y + 32))).tolist()
+    assert pixels(evaluate.evaluation_view(config)) == cropped(32, Image.BICUBIC)
+    assert pixels(evaluate.evaluation_view(replace(config, interpolation="bilinear"))) == cropped(32, Image.BILINEAR)
+    squashed = np.asarray(image.resize((32, 32), Image.BICUBIC)).tolist()
+    assert pixels(evaluate.evaluation_view(config, squash=True)) == squashed
+    views, encode = [], evaluate.encode_pictures
+    monkeypatch.setattr(evaluate, "encode_pictures", lambda *given: views.append(given[3]) or encode(*given))
+    tests = data.TestSet("x", tmp_path, [tmp_path / "a.png"], torch.tensor([0]), [["a"], ["b"]], ["{}"], squash=True)
+    evaluate.zeroshot(*tiny, tests)
+    evaluate.linear_mocov3(tiny[0], (tests, tests), epochs=1)
+    assert [pixels(view) for view in views] == [squashed, cropped(36, Image.BILINEAR)]
+
+
+@pytest.mark.parametrize("name", ["voc2007", "memes"])
+def test_scores_over_pictures_rank_the_softmax(name, tmp_path, tiny):
+    """11-point mAP and ROC-AUC compare pictures with each other: there the softmax is another order than the cosine."""
+    names = spoken(data.known_name(name))
+    iris(tmp_path / name, names, each=60 if name == "memes" else 6)
+    if name == "voc2007":
+        (tmp_path / name / "test.txt").rename(tmp_path / name / "test_ic.txt")
+    tests = data.test_set(name, tmp_path)
+    cosine = evaluate.encode_unit(tiny[0], tests.pictures) @ evaluate.zeroshot_classifier(
+        *tiny, names, tests.templates).T
+    exps = np.exp(100 * cosine.double().numpy())
+    metric = evaluate.METRICS[tests.metric]
+    right, wrong = metric(exps / exps.sum(1, keepdims=True), tests.targets), metric(cosine, tests.targets)
+    assert evaluate.zeroshot(*tiny, tests)["scores"][tests.metric] == pytest.approx(right, abs=1e-6)
+    assert abs(right - wrong) > 1e-3
+
+
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, tiny):
     iris(tmp_path / "eurosat", spoken("eurosat_clip"))
     zipped(tmp_path / "eurosat/test.zip", {f"test set/{k}_{i}.png": (k, i) for k in range(10) for i in range(2)})
@@ -430,7 +515,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, tiny):
         file.seek(offset + 200)
         file.write(b"damage")
     data._zip.cache_clear()
-    with pytest.raises(ValueError, match=r"cannot read the test picture .*test.zip@test set/4_1.png"):
+    with pytest.raises(ValueError, match=r"cannot read the picture .*test.zip@test set/4_1.png"):
         evaluate.zeroshot(*tiny, data.test_set("eurosat_clip", tmp_path))
 
 
@@ -477,7 +562,7 @@ def test_zeroshot_imagenet_as_typed(imagenet, tmp_path, tiny):
     expected = evaluate.zeroshot(tiny[0], None, tests, kept)["scores"]["accuracy"]
     assert score == pytest.approx(100 * expected, abs=0.051)
     assert line.endswith("chance 0.1; 1,000 pictures of 1,000 classes") and line.split()[4] == "37.6"  # the paper's
-    assert said[0] == said[1] and "zeroshot imagenet: 1,000 pictures, the protocol has 50,000" in said[0]
+    assert said[0] == said[1] and "zeroshot imagenet: 1,000 test pictures, the protocol has 50,000" in said[0]
     assert len(list((tmp_path / "runs/one").glob("last.pt.classifier-*.pt"))) == 1
     records = json.loads((tmp_path / "runs/one/results.json").read_text())
     assert [(r["task"], r["protocol"]["templates"], r["protocol"]["pictures"]) for r in records] == [
@@ -508,7 +593,7 @@ def test_icinw_with_some_sets_missing_and_two_checkpoints(tmp_path, tiny):
     assert done.returncode == 1  # pets are damaged
     assert re.search(r"error: oxford-iiit-pets: .*1 of 2 classes are unknown .*'Moon'", done.stderr)
     lines = done.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.split() == ["one/last.pt", "two/last.pt"])
+    start = next(i for i, line in enumerate(lines) if line.split() == ["runs/one/last.pt", "runs/two/last.pt"])
     table = {line.split()[1]: [float(x) for x in re.findall(r"-?\d+\.\d", line.partition("chance")[0])]
              for line in lines[start + 1:start + 4]}
     assert list(table) == ["eurosat_clip", "mnist", "icinw"] and all(len(row) == 2 for row in table.values())
@@ -521,6 +606,58 @@ def test_icinw_with_some_sets_missing_and_two_checkpoints(tmp_path, tiny):
             (f"zeroshot {task}", pytest.approx(row[column], abs=0.051)) for task, row in table.items()]
     assert done.stdout.count("missing: ") == 17
     assert "missing: food-101: data/food-101, data/food101, data/classification/food_101_2021" in done.stdout
+
+
+def test_a_model_without_text_and_a_file_that_is_none_beside_one(coloured, tiny, tmp_path):
+    """A column each, of equal names too; the numbers that there are are printed, and the exit status tells."""
+    save(*tiny, tmp_path / "a/last.pt")
+    save(models.build(replace(tiny[0].config, method="simclr")), tiny[1], tmp_path / "b/a/last.pt")
+    (tmp_path / "bad.pt").touch()
+    shutil.copytree(coloured / "mine", tmp_path / "data/mine")
+    (tmp_path / "data/mine/test/a/30.png").rename(tmp_path / "data/mine/30.png")
+    for part in ("images", "labels"):
+        (tmp_path / "dense" / part).mkdir(parents=True)
+        Image.new("L", (32, 32), 1).save(tmp_path / "dense" / part / "0.png")
+    (tmp_path / "dense/classes.txt").write_text("a\nb\n")
+    done = run(tmp_path, "--zeroshot", "data/mine/test", "--linear", "mine", "--dense", "dense", "--checkpoint",
+               "a/last.pt", "bad.pt", "b/a/last.pt", "a/last.pt")
+    assert done.returncode == 1
+    for why in ("--zeroshot needs a text encoder, and b/a/last.pt (simclr) has none", "bad.pt is not a checkpoint"):
+        assert why in done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[2] == ["a/last.pt", "b/a/last.pt"]
+    assert [row[:2] for row in rows[3:8]] == [["zeroshot", "data/mine/test"], ["mean", "per"], ["dense", "dense"],
+                                              ["pixel", "accuracy"], ["linear", "mine"]]
+    assert rows[3][4] == rows[5][4] == "-" and "-" not in rows[7][:5] and "39 pictures" in done.stdout
+
+
+@pytest.mark.parametrize("words,why", [
+    (["--zeroshot", "nowhere"], "no test set 'nowhere': looked for class folders"),
+    (["--zeroshot", "icinw"], "none of ICinW's data sets is under data"),
+    (["--zeroshot", "empty"], "no test set 'empty'"),
+    (["--linear", "empty"], "no train set 'empty'"),
+    (["--retrieval", "empty"], "no karpathy.json"),
+    (["--zeroshot", "mnist", "--names", "nowhere.txt"], "no test set 'mnist'"),
+    (["--zeroshot", "one", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    (["--zeroshot", "one", "--checkpoint", "empty.pt"], "empty.pt is not a checkpoint"),
+    (["--zeroshot", "one", "--checkpoint", "data"], "data is a folder without model.safetensors"),
+    (["--zeroshot", "one", "--templates", "8"], "invalid choice"),
+    (["--templates", "7"], "nothing to do"), (["--linear", "one", "--templates", "7"], "--templates is for --zeroshot"),
+    (["--linear", "one", "--lr", "7"], "--lr is for --protocol mocov3"),
+    (["--zeroshot", "one", "--features", "both"], "--features is for --linear"),
+    (["--linear", "one", "--protocol", "mocov3", "--epochs", "-3"], "--epochs must be more than 0"),
+    (["--linear", "one", "--protocol", "mocov3", "--lr", "0"], "--lr must be more than 0"),
+    (["--heatmap", "a.png", "a", "--checkpoint", "a", "b"], "--heatmap draws one")])
+def test_one_sentence_says_what_is_wrong(words, why, tiny, tmp_path, monkeypatch, capsys):
+    save(*tiny, tmp_path / "runs/one/last.pt")
+    (tmp_path / "data/empty").mkdir(parents=True)
+    (tmp_path / "empty.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert why in capsys.readouterr().err + str(ended.value) and ended.value.code != 0
+    assert not (tmp_path / "runs/one/results.json").exists()
 
 
 # ---------------------------------------------------------------- the linear probe
@@ -581,6 +718,55 @@ def test_mocov3_s_probe_learns_and_goes_on(coloured, tiny, tmp_path, monkeypatch
     assert whole["scores"] == again["scores"] and whole["scores"]["top-1"] > 0.8
     assert [key for key in heads if key[0] == "killed"] == [("killed", n) for n in (1, 2, 3, 4)]
     assert all(torch.equal(heads["whole", 4][name], x) for name, x in heads["killed", 4].items())
+
+
+def test_mocov3_s_kept_head_knows_its_labels(coloured, tiny, tmp_path):
+    save(*tiny, tmp_path / "last.pt")
+    cache, (train, tests) = evaluate.Cache(tmp_path / "last.pt"), evaluate.probe_sets("mine", coloured)
+    wrong = replace(train, targets=(train.targets + 1) % 4)
+    first, again = (evaluate.linear_mocov3(tiny[0], (one, tests), cache, epochs=2, batch_size=32, lr=0.05)
+                    for one in (wrong, train))
+    assert first["scores"]["top-1"] < 0.3 and again["scores"]["top-1"] > 0.7
+
+
+def test_a_probe_of_several_labels_ranks_what_it_fitted(tmp_path, tiny, monkeypatch):
+    """One regression per class: their softmax would be another order of the pictures."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(400, 8))).float()
+    y = (x @ torch.from_numpy(rng.normal(size=(8, 20))).float() > 2).long()
+    monkeypatch.setattr(evaluate, "encode_pictures", lambda encode, pictures, *_: x[pictures])
+    sets = [data.TestSet("voc", tmp_path, list(part), y[list(part)], [[str(k)] for k in range(20)], [], "11point_mAP")
+            for part in (range(300), range(300, 400))]
+    result = evaluate.linear(tiny[0], sets)
+    logits = evaluate.logistic_regression(x[:300], y[:300], 20, result["protocol"]["penalty"])(x[300:])
+    assert result["scores"]["11point_mAP"] == pytest.approx(evaluate.map_11point(logits, y[300:]))
+    assert abs(result["scores"]["11point_mAP"] - evaluate.map_11point(logits.softmax(1), y[300:])) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words,why", [
+    (["--zeroshot", "own", "mine"], "no test set 'own'"),  # told on both, and mine is evaluated
+    (["--zeroshot", "mine", "--linear", "own", "--protocol", "mocov3", "--epochs", "1", "--batch-size", "8"],
+     "cannot read the picture")])  # the others wait for it in mid-epoch: the job ends
+def test_a_rank_that_fails_alone(words, why, coloured, tiny, tmp_path):
+    """Rank 1 has no set `own`, or one with a picture that cannot be read: no score of one set is another's."""
+    save(*tiny, tmp_path / "runs/one/last.pt")
+    for rank in (0, 1):
+        shutil.copytree(coloured / "mine", tmp_path / str(rank) / "mine")
+        if rank == 0 or "--linear" in words:
+            shutil.copytree(coloured / "mine", tmp_path / str(rank) / "own")
+    if "--linear" in words:
+        for file in (tmp_path / "1/own/train/a").iterdir():
+            file.write_bytes(b"")
+    (tmp_path / "go.py").write_text(f"import os, sys; sys.path.insert(0, {str(HERE)!r})\nos.environ['MASKCLIP_DATA'] = "
+                                    "os.environ['RANK']\nimport evaluate\nevaluate.main()\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           tmp_path / "go.py", *words], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and why in done.stderr
+    alone = evaluate.zeroshot(*tiny, data.test_set("mine", coloured))["scores"]
+    records = json.loads((tmp_path / "runs/one/results.json").read_text())
+    assert [(r["task"], r["scores"]) for r in records] == [("zeroshot mine", pytest.approx(alone))]
 
 
 @pytest.mark.slow
