@@ -414,9 +414,12 @@ def evaluation_view(config, squash=False):
 
 
 def loader_processes(count):
-    """How many a rank starts for `count` pictures; a small set is done before one has started."""
+    """How many a rank starts for `count` pictures: one core is left to the model, as in training.
+
+    Without it, a model on the CPU waits for its own threads.  A small set is done before a process has started.
+    """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, (os.cpu_count() or 1) // here, count // 1000)
+    return max(0, min(8, (os.cpu_count() or 1) // here - 1, count // 1000))
 
 
 def ranks():
