@@ -1319,9 +1319,14 @@ class TestSet:
 
 
 @lru_cache
+def prompts():
+    """prompts.json: "sets", {name: metric, sizes, folders, templates, classes in order, labels}, and "paper"."""
+    return json.loads(PROMPTS.read_text("utf-8"))
+
+
 def protocols():
-    """prompts.json: {name of a set: its metric, sizes, folders, templates, classes in order, its own labels}."""
-    return {name: facts for name, facts in json.loads(PROMPTS.read_text("utf-8")).items() if name != "sources"}
+    """The sets of prompts.json: ICinW's twenty and ImageNet."""
+    return prompts()["sets"]
 
 
 def _plain(text):
@@ -1332,7 +1337,7 @@ def _plain(text):
 def homes(name, root):
     """Where the set NAME is looked for: its folders of prompts.json under root, or NAME under root; and the path."""
     facts = protocols().get(known_name(name), {})
-    return [*(Path(root, folder) for folder in facts.get("folders", [name])), Path(name)]
+    return list(dict.fromkeys([*(Path(root, folder) for folder in facts.get("folders", [name])), Path(name)]))
 
 
 def known_name(name):

@@ -438,14 +438,15 @@ def test_open_clip_s_weights(name, tmp_path):
     if quick:  # the folder says what the file does not
         safetensors.save_file(state, tmp_path / "open_clip_model.safetensors")
         (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(
-            model_cfg=open_clip.get_model_config(name), preprocess_cfg=dict(mean=evaluate.CLIP_MEAN,
-                                                                            std=evaluate.CLIP_STD))))
+            model_cfg=open_clip.get_model_config(name), preprocess_cfg=dict(
+                mean=evaluate.CLIP_MEAN, std=evaluate.CLIP_STD, interpolation="bilinear", resize_mode="squash"))))
         path = tmp_path
     else:
         path = tmp_path / "weights.pt"
         torch.save(dict(state_dict={f"module.{key}": x for key, x in state.items()}, epoch=3), path)
     model, tokenizer = equal_features(path, image, text, tokens)
-    assert model.config.method == "clip" and len(model.remarks) == (not quick)
+    assert model.config.method == "clip" and model.config.interpolation == ("bilinear" if quick else "bicubic")
+    assert len(model.remarks) == 1 and ("resized by 'squash'" if quick else "GELU or QuickGELU") in model.remarks[0]
 
     classes, templates = ["dog", "pink primrose", "F-16A/B"], ["a photo of a {}.", "art of the {}."]
     classifier = evaluate.zeroshot_classifier(model, tokenizer, classes, templates)
@@ -494,7 +495,7 @@ def test_hugging_face_s_clip(act, form, tmp_path):
     if form == "bin":
         theirs.config.save_pretrained(tmp_path)
         torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=mean, image_std=std)))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=mean, image_std=std, resample=2)))
     else:
         theirs.save_pretrained(tmp_path)
     if form == "file":
@@ -507,6 +508,7 @@ def test_hugging_face_s_clip(act, form, tmp_path):
         text = theirs.text_projection(out[torch.arange(2), (tokens == 49407).int().argmax(1)])
     model, _ = equal_features(path, image, text, tokens)
     assert len(model.remarks) == (form == "file")
+    assert model.config.interpolation == ("bilinear" if form == "bin" else "bicubic")  # 2 is Pillow's bilinear
 
 
 @pytest.mark.peers
@@ -549,8 +551,10 @@ def test_vits_of_timm_and_mae(form, tmp_path):
     else:
         mean, std, path = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), tmp_path
         pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps(dict(pretrained_cfg=dict(mean=mean, std=std))))
+        (tmp_path / "config.json").write_text(json.dumps(dict(pretrained_cfg=dict(
+            mean=mean, std=std, interpolation="bilinear"))))
     model, tokenizer = evaluate.load_model(path)
+    assert model.config.interpolation == ("bicubic" if form == "mae" else "bilinear")
     assert tokenizer is None and model.config.method == ("mae" if form == "mae" else "vit")
     with torch.no_grad():
         assert torch.allclose(model.visual(data.normalize(PIXELS)), theirs.forward_features(

@@ -70,6 +70,20 @@ def test_prompts_are_the_protocols():
         len(f["folders"]) - len(set(map(data._plain, f["folders"]))) for f in facts.values())  # no name is two sets'
 
 
+def test_the_paper_s_numbers():
+    """Twenty numbers whose mean the paper prints too; every task and score is one that we print."""
+    paper, known = data.prompts()["paper"], data.protocols()
+    each = [paper["maskclip"][f"zeroshot {name}"][facts["metric"]] for name, facts in list(known.items())[:20]]
+    assert round(sum(each) / 20, 1) == paper["maskclip"]["zeroshot icinw"]["mean of 20"] == 40.1
+    rows = [[paper[m][f"{task} imagenet"]["accuracy"] for m in ("clip", "slip", "clip_mae", "maskclip")]
+            for task in ("zeroshot", "linear")]
+    assert rows == [[37.6, 42.8, 42.1, 44.5], [66.5, 72.1, 68.5, 73.7]]
+    assert list(paper["maskclip"]["retrieval coco"].values()) == [41.4, 67.9, 77.5, 25.5, 49.7, 61.3]
+    assert set(paper) <= set(models.METHODS)
+    for task in {task for scores in paper.values() for task in scores}:
+        assert task.split()[1] in {*known, "icinw", "flickr30k", "coco"}
+
+
 @pytest.mark.peers
 def test_imagenet_s_prompts_are_open_clips_and_its_ids_timms():
     open_clip = pytest.importorskip("open_clip")
@@ -718,6 +732,38 @@ def test_mocov3_s_probe_learns_and_goes_on(coloured, tiny, tmp_path, monkeypatch
     assert whole["scores"] == again["scores"] and whole["scores"]["top-1"] > 0.8
     assert [key for key in heads if key[0] == "killed"] == [("killed", n) for n in (1, 2, 3, 4)]
     assert all(torch.equal(heads["whole", 4][name], x) for name, x in heads["killed", 4].items())
+
+
+def test_mocov3_s_recipe(coloured, tiny, monkeypatch):
+    """Batch, rate, momentum, decay, head and schedule as PROTOCOLS has them; each picture at most once an epoch."""
+    made, rates, shown = [], [], []
+
+    class SGD(torch.optim.SGD):
+        def __init__(self, parameters, lr, **settings):
+            parameters = list(parameters)
+            made.append((lr, settings, [p.detach().clone() for p in parameters]))
+            super().__init__(parameters, lr, **settings)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+    crops = evaluate._Crops.__getitem__
+    monkeypatch.setattr(evaluate._Crops, "__getitem__", lambda self, key: shown.append(key) or crops(self, key))
+    monkeypatch.setattr(torch.optim, "SGD", SGD)
+    sets = evaluate.probe_sets("mine", coloured)
+    result = evaluate.linear_mocov3(tiny[0], sets, epochs=3, batch_size=50)
+    (lr, settings, (weight, bias)), = made
+    assert lr == pytest.approx(3 * 50 / 256) and settings == dict(momentum=0.9)
+    assert 0.009 < weight.std() < 0.011 and abs(weight.mean()) < 0.002 and not bias.any()
+    assert rates == pytest.approx([lr * 0.5 * (1 + np.cos(np.pi * epoch / 3)) for epoch in range(3) for _ in range(2)])
+    for epoch in range(3):
+        keys = [i for e, i in shown if e == epoch]
+        assert len(keys) == len(set(keys)) == 100  # of 120, two batches of 50
+    assert len({tuple(i for e, i in shown if e == epoch) for epoch in range(3)}) == 3
+    assert result["protocol"]["epochs"] == 3 and result["protocol"]["lr"] == lr
+    one, other = (crops(evaluate._Crops(sets[0], 32), (epoch, 7))[0] for epoch in (0, 1))
+    assert not torch.equal(one, other)  # another crop at each visit
+    assert torch.equal(one, crops(evaluate._Crops(sets[0], 32), (0, 7))[0])
 
 
 def test_mocov3_s_kept_head_knows_its_labels(coloured, tiny, tmp_path):
