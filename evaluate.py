@@ -188,7 +188,7 @@ def read_weights(path):
     try:
         found = _recognised(state, beside)
     except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} has the names of weights that are known, and does not fit them "
+        raise ValueError(f"{path} is of a kind that is known, and does not fit it "
                          f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
     if found is None:
         raise ValueError(f"{path} holds no weights that are known here ({FORMATS}); its first keys are "
@@ -324,7 +324,7 @@ def _hugging_face(state, beside):
     """Hugging Face's CLIPModel."""
     renames = (("vision_model.", "visual."), ("text_model.", "text."), ("encoder.layers", "blocks"),
                ("layer_norm", "norm"), ("self_attn.out_proj", "attn.proj"), ("pre_layrnorm", "norm_pre"),
-               ("post_layernorm", "norm"), ("final_norm", "norm"), ("final_layer_norm", "norm"),
+               ("post_layernorm", "norm"), ("final_norm", "norm"),
                ("embeddings.patch_embedding", "patch_embed.proj"), ("embeddings.token_embedding", "token_embedding"),
                ("embeddings.position_embedding.weight", "pos_embed"), ("embeddings.class_embedding", "cls_token"),
                ("visual_projection", "image_projection"))

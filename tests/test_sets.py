@@ -834,3 +834,21 @@ def test_two_ranks_score_as_one(coloured, tiny, tmp_path):
         written.append([(r["task"], r["scores"]) for r in json.loads((folder / "runs/one/results.json").read_text())])
     assert written[0] == written[1] and len(written[0]) == 3
     assert [text for ranks, text in said if ranks == 1] == [text for ranks, text in said if ranks == 2]
+
+
+@pytest.mark.gpu
+def test_cuda_scores_as_the_cpu(coloured, tiny):
+    """Classifier, features and both probes in float32 on CUDA."""
+    sets, model = evaluate.probe_sets("mine", coloured), tiny[0]
+    got = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        classifier = evaluate.zeroshot_classifier(model, tiny[1], ["dog", "F-16A/B"], ["a {}.", "art of the {}"])
+        features = evaluate.encode_unit(model, sets[1].pictures)
+        probes = [evaluate.linear(model, sets)["scores"]["top-1"],
+                  evaluate.linear_mocov3(model, sets, epochs=4, batch_size=32, lr=0.05)["scores"]["top-1"]]
+        got.append((classifier, features, probes))
+    model.to("cpu")
+    (classifier, features, probes), others = got
+    assert torch.allclose(classifier, others[0], atol=1e-4) and torch.allclose(features, others[1], atol=1e-4)
+    assert probes == pytest.approx(others[2], abs=0.03)  # one picture of 40
