@@ -266,6 +266,7 @@ def test_mnist_s_own_files(packed, tmp_path, tiny):
         place = tmp_path / "b/mnist/test" / str(k)
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{n}.png").write_bytes(encoded(Image.fromarray(pixels[n])))
+    assert np.array_equal(np.stack(data.test_set("mnist", tmp_path / "a").pictures), pixels)
     assert scores(tiny, "mnist", tmp_path / "a") == scores(tiny, "mnist", tmp_path / "b")
     (folder / f"t10k-images-idx3-ubyte{end}").write_bytes(gzip.compress(content) if packed else content)
     with pytest.raises(ValueError, match="MNIST's t10k files are damaged"):
@@ -331,7 +332,8 @@ def test_imagenet_with_something_missing(imagenet, tmp_path):
     with pytest.raises(ValueError, match="no picture of 998 of 1000 classes: tench"):
         data.test_set("imagenet", tmp_path)
     for content, why in (((kit / "meta.mat").read_bytes()[:-99], "damaged"),
-                         (meta_mat(["n00000001"]), "does not list ImageNet's 1,000 classes")):
+                         (meta_mat(["n00000001"]), "does not list ImageNet's 1,000 classes"),
+                         (meta_mat(["n02119789", "n02100735", "n00000001"]), "does not list ImageNet's 1,000 classes")):
         (home / "data/meta.mat").write_bytes(content)
         with pytest.raises(ValueError, match=why):
             data.test_set("imagenet", tmp_path)
@@ -442,6 +444,19 @@ def test_names_of_class_folders(tmp_path):
         data.test_set("mnist", tmp_path, names=names)
 
 
+def test_caltech_s_faces(tmp_path):
+    """Folders by CLIP's meaning of their names; in an index either order, as ELEVATER's is the other."""
+    facts = data.protocols()["caltech-101"]
+    folders = [one if isinstance(one, str) else one[0] for one in facts["labels"]]
+    class_folders(tmp_path / "a/caltech101/test", folders, each=1)
+    tests = data.test_set("caltech101", tmp_path / "a")
+    said = {path.parent.name: tests.names[k][0] for path, k in zip(tests.pictures, tests.targets.tolist(), strict=True)}
+    assert (said["Faces"], said["Faces_easy"]) == ("off-center face", "centered face") and len(said) == 102
+    folders[37:39] = folders[38:36:-1]
+    iris(tmp_path / "b/caltech101", folders, each=1)
+    assert data.test_set("caltech101", tmp_path / "b").targets.tolist() == list(range(102))
+
+
 def test_the_test_split_is_taken_before_the_validation_split(tmp_path):
     for split, each in (("train", 1), ("val", 2), ("test", 3)):
         class_folders(tmp_path / "dtd" / split, spoken("dtd"), each)
@@ -468,6 +483,16 @@ def test_pictures_in_ppm_and_labels_that_are_numbers(tmp_path, tiny):
     assert one.remarks[0] == "the classes are called by numbers: their order was not checked"
     assert other.remarks[0].startswith("the order of 43 of 43 classes was not checked")
     assert evaluate.zeroshot(*tiny, one)["per_class"] == evaluate.zeroshot(*tiny, other)["per_class"]
+
+
+def test_folders_that_are_numbers_from_one(tmp_path):
+    """Flowers: 1 to 102, sorted as numbers; one that is left out moves no other."""
+    class_folders(tmp_path / "flowers/test", map(str, range(1, 103)), each=1)
+    tests = data.test_set("flowers", tmp_path)
+    assert all(int(path.parent.name) == k + 1 for path, k in zip(tests.pictures, tests.targets.tolist(), strict=True))
+    shutil.rmtree(tmp_path / "flowers/test/1")
+    with pytest.raises(ValueError, match="101 classes, and the protocol has 102; missing: pink primrose"):
+        data.test_set("flowers", tmp_path)
 
 
 def test_another_project_s_list_is_passed_over(tmp_path):
