@@ -63,7 +63,8 @@ def ignore_stops(*_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _ignore_ctrl_c(*_):  # the main process ends its workers by SIGTERM
+def ignore_ctrl_c(*_):
+    """For processes that the main process ends by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -86,7 +87,7 @@ def in_parallel(function, items, label):
     """[function(item) for item in items], by as many processes as there are cores, with a progress bar."""
     workers = min(os.cpu_count() or 1, len(items)) if len(items) > 3 else 0
     loader = torch.utils.data.DataLoader(_Jobs(function, items), batch_size=None, collate_fn=_same, num_workers=workers,
-                                         worker_init_fn=_ignore_ctrl_c)
+                                         worker_init_fn=ignore_ctrl_c)
     return list(tqdm(loader, label, disable=None, leave=False))
 
 

@@ -10,6 +10,7 @@ sets stand in prompts.json.  The newest checkpoint under runs/ is taken unless -
 """
 import argparse
 import dataclasses
+import fcntl
 import glob
 import hashlib
 import io
@@ -489,7 +490,8 @@ def encode_pictures(encode, pictures, model, view=None):
         # 32 pictures of 224 pixels take less than the 32 MiB above which malloc maps fresh pages each time
         batch_size = 256 if _device(model).type == "cuda" else 32
         loader = torch.utils.data.DataLoader(_Pictures(pictures, view or evaluation_view(model.config)), batch_size,
-                                             num_workers=loader_processes(len(pictures)))
+                                             num_workers=loader_processes(len(pictures)),
+                                             worker_init_fn=data.ignore_ctrl_c)
         bar = tqdm(loader, "pictures", disable=quiet(), leave=False)
         return torch.cat([encode(data.normalize(batch.to(_device(model)))).float().cpu() for batch in bar])
     return finite(shared_out(encoded, pictures))
@@ -927,7 +929,7 @@ def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_
         batches = [[(epoch, i) for i in order[start + rank:start + batch_size:world]]
                    for start in range(0, len(order) - batch_size + 1, batch_size)]
         loader = torch.utils.data.DataLoader(_Crops(train, size), batch_sampler=batches,
-                                             num_workers=workers)
+                                             num_workers=workers, worker_init_fn=data.ignore_ctrl_c)
         for pixels, labels in tqdm(loader, f"epoch {epoch + 1} of {epochs}", leave=False,
                                    disable=quiet()):
             with torch.no_grad():
@@ -1145,14 +1147,17 @@ class Records:
         """Replaces the record of the same weights, model, task and protocol."""
         record = self.about | dict(task=task, **{name: result.get(name) for name in ("scores", "chance", "protocol",
                                                                                      "remarks")})
-        record = json.loads(json.dumps(record))
+        record = json.loads(json.dumps(record | dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), **provenance())))
         same = ("sha256", "model", "task", "protocol")
-        kept = [old for old in self.read() if any(old.get(name) != record[name] for name in same)]
-        record |= dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), **provenance())
+        folder = os.open(self.path.parent, os.O_RDONLY)
         try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation may be adding its own
+            kept = [old for old in self.read() if any(old.get(name) != record[name] for name in same)]
             write_atomically(self.path, (json.dumps([*kept, record], indent=1) + "\n").encode())
         except OSError as error:
             print(f"warning: {self.path} not written: {error}", file=sys.stderr)
+        finally:
+            os.close(folder)
 
 
 def find(name, root, part):

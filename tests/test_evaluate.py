@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -284,6 +285,15 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caps
     monkeypatch.setattr(data, "to_make", lambda *_: full(0, 0))
     assert evaluate.Cache(tmp_path / "last.pt")("features", 1, lambda: torch.ones(1)) == 1
     assert "warning: features not kept for the next time" in capsys.readouterr().err
+
+
+def test_two_evaluations_at_once_keep_each_other_s_records(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    records = evaluate.Records(evaluate.Cache(tmp_path / "last.pt"), SimpleNamespace(
+        config=evaluate.models.ModelConfig(), remarks=[]))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: records.add(f"task {n}", dict(scores={"x": n})), range(40)))
+    assert sorted(r["scores"]["x"] for r in records.read()) == list(range(40))
 
 
 def test_results_json_that_is_not_ours_is_left_alone(tmp_path):
