@@ -1358,8 +1358,9 @@ def test_set(name, root="data", split="test", names=None):
         draw_demo(Path(root) / "demo")
     name, places = known_name(name), homes(name, root)
     facts = protocols().get(name, {})
-    found = next(filter(None, (layout(home, split, facts) for home in places if home.is_dir()
-                               for layout in (_elevater, _cifar, _mnist, _devkit, _sorted_folders))), None)
+    layouts = (_elevater, _cifar, _mnist, _devkit, _sorted_folders)
+    home, found = next(((home, found) for home in places if home.is_dir() for layout in layouts
+                        if (found := layout(home, split, facts))), (None, None))
     if not found:
         wanted = ("ELEVATER's index and zips, CIFAR's batches, MNIST's idx files, ImageNet's val/ with the development "
                   "kit or " if facts else "") + "class folders with pictures"
@@ -1375,10 +1376,7 @@ def test_set(name, root="data", split="test", names=None):
         if len(pictures) != facts[split]:
             remarks.append(f"{len(pictures):,} {split} pictures, the protocol has {facts[split]:,}")
     else:
-        said = _words(Path(names or place / "words.txt"), own, bool(names))
-        if not said and all(re.fullmatch(r"n\d{8}", label) for label in own):
-            raise ValueError(f"{place}: the classes are WordNet ids: give words.txt or --names, or, for ImageNet's "
-                             "1,000, its name (imagenet) and --root")
+        said = _words(Path(names or _beside(place, home, "words.txt")), own, bool(names))
         spoken = [[said.get(label, label.replace("_", " "))] for label in own]
         numbers = list(range(len(own)))
     several = facts.get("metric") == "11point_mAP"
@@ -1395,8 +1393,14 @@ def test_set(name, root="data", split="test", names=None):
             row[[numbers[label] for label in classes]] = 1
     else:
         targets = torch.tensor([numbers[label] for label, in labels])
-    return TestSet(str(name), place, pictures, targets, spoken, facts.get("templates") or templates_of(place),
-                   facts.get("metric", ""), facts.get("squash", False), tuple(remarks))
+    templates = facts.get("templates") or templates_of(_beside(place, home, "templates.txt").parent)
+    return TestSet(str(name), place, pictures, targets, spoken, templates, facts.get("metric", ""),
+                   facts.get("squash", False), tuple(remarks))
+
+
+def _beside(place, home, name):
+    """A set's own file: among its class folders, or in the folder that was named."""
+    return next((file for file in (place / name, home / name) if file.is_file()), place / name)
 
 
 def _listed(one):
@@ -1477,8 +1481,10 @@ def _elevater(home, split, facts):
     if len(facts.get("classes", ())) == 1000:
         names = ["val.json" if split == "test" else "train.json"]
     for index in (home / name for name in names if (home / name).is_file()):
-        lines = index.read_text("utf-8").split("\n") if index.suffix == ".txt" else []
-        if index.suffix == ".json" or re.fullmatch(r".+@.+\s\d+(,\d+)*\s*", lines[0]):  # no other project's list
+        text = index.read_text("utf-8", errors="replace")
+        lines = text.split("\n")
+        # not another project's list
+        if '"categories"' in text if index.suffix == ".json" else re.fullmatch(r".+@.+\s\d+(,\d+)*\s*", lines[0]):
             break
     else:
         return None

@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import struct
 import subprocess
 import sys
@@ -95,15 +96,11 @@ def _load(path):
     except DAMAGED as error:
         if isinstance(error, OSError) and error.filename:  # not there, no file, not ours to read
             raise
-        raise ValueError(f"{path} is not a checkpoint, or is damaged, or would run code, which is not done here "
-                         f"({type(error).__name__}: {_why(error)})") from error
+        lines = str(error).splitlines() or [""]
+        program = next((line for line in lines if "Unsupported global" in line or "asks for" in line), None)
+        what = "would run code, which is not done here" if program else "is not a checkpoint, or is damaged"
+        raise ValueError(f"{path} {what} ({type(error).__name__}: {(program or lines[0]).strip()[:150]})") from error
     return state if isinstance(state, dict) else {}
-
-
-def _why(error):
-    """The telling line of torch.load's long messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])[:200]
 
 
 def read_safetensors(path):
@@ -448,15 +445,14 @@ def shared_out(encode, items):
 
 def together(function):
     """function() on every rank -> its value there.  What one of them raises is raised by all: nobody waits for it."""
+    if ranks()[1] == 1:
+        return function()
     value, error, errors = None, None, [None] * ranks()[1]
     try:
         value = function()
     except (OSError, ValueError) as failed:
         error = FileNotFoundError(str(failed)) if isinstance(failed, FileNotFoundError) else ValueError(str(failed))
-        if ranks()[1] == 1:
-            raise
-    if ranks()[1] > 1:
-        dist.all_gather_object(errors, error)
+    dist.all_gather_object(errors, error)
     for error in filter(None, errors):
         raise error
     return value
@@ -551,23 +547,15 @@ class Cache:
         return f".{what}-{self.origin}-{hashlib.sha256(repr((self.sha256, key)).encode()).hexdigest()[:16]}.pt"
 
     def read(self, what, key):
-        """What was written under this name and key, or None; the same on all ranks."""
-        if not self.path:
-            return None
-        def read():
-            place = data.made(self.path, self._suffix(what, key))
-            try:
-                return place and torch.load(place, weights_only=True)
-            except DAMAGED:
-                return None
-        value = read()
-        if not on_first_rank(lambda: value is not None):
-            return None
-        return together(lambda: value if value is not None else self._missing(what))
-
-    def _missing(self, what):
-        raise FileNotFoundError(f"rank {ranks()[0]} does not see the {what} that rank 0 reads beside {self.path}: "
-                                "delete them there, or share the folder")
+        """What was written under this name and key; None where a rank does not see it, or it is damaged."""
+        place, value, seen = self.path and data.made(self.path, self._suffix(what, key)), None, [None] * ranks()[1]
+        try:
+            value = place and torch.load(place, map_location="cpu", weights_only=True)
+        except DAMAGED:
+            place = None
+        if ranks()[1] > 1:
+            dist.all_gather_object(seen, bool(place))
+        return value if place and False not in seen else None
 
     def write(self, what, key, value):
         """A tensor, or a dict of such; what was made of other weights, or by other code, goes.
@@ -702,6 +690,9 @@ def zeroshot(model, tokenizer, tests, cache=NO_CACHE, synonyms=False):
     Of a class with several names the first is taken (ELEVATER); synonyms: all of them (SLIP).
     """
     tests = tests if isinstance(tests, data.TestSet) else data.test_set(tests, root="")
+    if all(re.fullmatch(r"n\d{8}", several[0]) for several in tests.names):
+        raise ValueError(f"{tests.place}: the classes are WordNet ids: give words.txt or --names, or, for ImageNet's "
+                         "1,000, its name (imagenet) and --root")
     names = [several if synonyms else several[:1] for several in tests.names]
     classifier = cache("classifier", (names, tests.templates),
                        lambda: zeroshot_classifier(model, tokenizer, names, tests.templates))
@@ -727,7 +718,8 @@ def chance(tests):
 
 def about(tests):
     """What was counted, for results.json."""
-    return dict(set=tests.name, place=str(tests.place), pictures=len(tests.pictures), classes=len(tests.names))
+    return dict(set=tests.name, place=str(tests.place.resolve()), pictures=len(tests.pictures),
+                classes=len(tests.names))
 
 
 def retrieval(model, tokenizer, folder, cache=NO_CACHE):
@@ -793,7 +785,7 @@ def _stamp(pictures, targets=()):
         file, name = picture if isinstance(picture, tuple) else (picture, "")
         if file not in files or not name:
             stat = os.stat(file)
-            files = {file: (str(file), stat.st_size, stat.st_mtime_ns)}
+            files = {file: (os.path.abspath(file), stat.st_size, stat.st_mtime_ns)}
         digest.update(repr((files[file], name)).encode())
     return digest.hexdigest()
 
@@ -810,14 +802,15 @@ def probe_sets(name, root=""):
 def linear(model, sets, cache=NO_CACHE, features="cls"):
     """Linear probe in CLIP's way: logistic regression by L-BFGS on frozen features, without augmentation.
 
-    sets: the training and the test set (probe_sets).  The penalty is the best on a fifth of each training class, found
-    as CLIP does: seven from 1e-6 to 1e6, then the interval around the best halved down to an eighth of a decade.  Then
-    the whole training set is fitted.
+    sets: the training and the test set (probe_sets).  The penalty is the best on every fifth training picture (by
+    class), found as CLIP does: seven from 1e-6 to 1e6, then the interval around the best halved down to an eighth of a
+    decade.  Then the whole training set is fitted.
     """
     train, tests = sets
 
     def encoded(part):
-        return cache("features", (features, part.squash, cache.path and _stamp(part.pictures)), lambda: encode_pictures(
+        made_of = cache.path and on_first_rank(lambda: _stamp(part.pictures))  # other ranks may have other times
+        return cache("features", (features, part.squash, made_of), lambda: encode_pictures(
             lambda images: FEATURES[features](model.visual(images)), part.pictures, model,
             evaluation_view(model.config, part.squash)))
     x, x_test = encoded(train), encoded(tests)
@@ -837,12 +830,17 @@ def _fitted(x, y, x_test, classes, metric, device):
         return logits.softmax(1) if y.ndim == 1 else logits
     held_out = torch.zeros(len(x), dtype=torch.bool)
     held_out[(y if y.ndim == 1 else torch.zeros(len(y))).argsort(stable=True)[::5]] = True
+    if (~held_out).sum() < 2:
+        raise ValueError(f"{len(x)} training pictures are too few for a linear probe")
     x, tried, step, ask = x.to(device), {}, 2.0, [float(k) for k in range(-6, 7, 2)]
     with tqdm(total=15, desc="penalties", disable=quiet(), leave=False) as bar:
         while step >= 1 / 8:
             for exponent in ask:
                 if abs(exponent) <= 6:
                     tried[exponent] = metric(fitted(x[~held_out], y[~held_out], exponent, x[held_out]), y[held_out])
+                    if math.isnan(tried[exponent]):
+                        raise ValueError(f"the score of a penalty cannot be told from the {int(held_out.sum())} "
+                                         "training pictures that are held out: too few, or of one class")
                 bar.update()
             best, step = max(tried, key=tried.get), step / 2
             ask = [best - step, best + step]
@@ -914,7 +912,7 @@ def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_
     torch.nn.init.zeros_(head.bias)
     head.to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
-    made_of = cache.path and _stamp(train.pictures, train.targets)
+    made_of = cache.path and on_first_rank(lambda: _stamp(train.pictures, train.targets))
     key = ("mocov3", features, epochs, batch_size, lr, classes, made_of)
     first = 0
     if state := cache.read("head", key):
@@ -946,7 +944,8 @@ def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_
     view = partial(data.center_crop, size=size, resample=Image.BILINEAR, short=size * 256 // 224)
     scores = encode_pictures(lambda images: head(FEATURES[features](model.visual(images))), tests.pictures, model, view)
     metric = METRICS[tests.metric or "accuracy"]
-    return dict(scores={tests.metric or "top-1": metric(scores.softmax(1), tests.targets)}, chance=chance(tests),
+    return dict(scores={tests.metric or "top-1": metric(scores.double().softmax(1), tests.targets)},
+                chance=chance(tests),
                 over=f"{len(scores):,} pictures of {classes:,} classes, {len(train.pictures):,} to train",
                 remarks=train.remarks + tests.remarks, protocol=about(tests) | dict(
                     recipe="mocov3", features=features, epochs=epochs, batch_size=batch_size, lr=lr,
@@ -1209,14 +1208,14 @@ def icinw(results):
                 over=f"{len(scores)} of {count} data sets", protocol=dict(sets=[r["protocol"] for r in results]))
 
 
-def measure(path, args, missing, failed):
-    """All that is asked for, on one checkpoint -> its method, {task: result}; what is not there goes to `missing`.
+def measure(path, args, columns, missing, failed):
+    """All that is asked for, on one checkpoint: columns[path] = its method, {task: result}; what is not there: missing.
 
-    Of several ranks, one that fails alone ends the job: the others are in the middle of what they do together.
+    Of several ranks, one that fails in an evaluation ends the job: the others may be in the middle of it.
     """
-    cache = Cache(path)
-    model, tokenizer = load_model(path)
-    records, results, twenty = Records(cache, model), {}, []
+    cache, (model, tokenizer) = together(lambda: (Cache(path), load_model(path)))
+    records, results, twenty = together(lambda: Records(cache, model)), {}, []
+    columns[str(path)] = model.config.method, results
     model.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
     if ranks()[0] == 0:
         size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -1241,16 +1240,15 @@ def measure(path, args, missing, failed):
             continue
         try:
             result = evaluate(model, tokenizer, tests, cache)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a GPU's memory is full
+            failed.append(f"{name}: {str(error).strip().splitlines()[-1]}")
             if ranks()[1] > 1:
                 raise
-            failed.append(f"{name}: {error}")
             continue
         keep(f"{flag} {result['protocol'].get('set', name)}", result)
         twenty += [result] * of_icinw
     if twenty:
         keep("zeroshot icinw", icinw(twenty))
-    return model.config.method, results
 
 
 def run(args):
@@ -1258,10 +1256,10 @@ def run(args):
     columns, missing, failed = {}, {}, []
     for path in dict.fromkeys(args.checkpoint or [newest_checkpoint()]):
         try:
-            columns[str(path)] = measure(path, args, missing, failed)
-        except (OSError, ValueError) as error:
-            if ranks()[1] > 1:
-                raise
+            measure(path, args, columns, missing, failed)
+        except (OSError, ValueError, RuntimeError) as error:
+            if str(path) in columns:  # an evaluation of several ranks
+                break
             failed.append(str(error))
     measured = any(results for _, results in columns.values())
     if ranks()[0] == 0:
@@ -1328,8 +1326,10 @@ def main():
         given = getattr(args, name) != parser.get_default(name)
         if given and not ready:
             parser.error(f"--{name.replace('_', '-')} is for {what}")
-        if given and name in ("epochs", "batch_size", "lr") and getattr(args, name) <= 0:
+        if given and name in ("epochs", "batch_size", "lr") and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if args.templates == 7 and "imagenet" not in map(data.known_name, args.zeroshot):
+        parser.error("--templates 7 is for --zeroshot imagenet")
     if args.heatmap and len(args.checkpoint or ()) > 1:
         parser.error("--heatmap draws one checkpoint's map")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (ELEVATER, SLIP)
@@ -1341,7 +1341,7 @@ def main():
             dist.init_process_group("gloo", timeout=timedelta(days=2))
         if args.zeroshot or args.retrieval or args.dense or args.linear:
             run(args)
-        if args.heatmap:
+        if args.heatmap and ranks()[0] == 0:
             draw(args)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {str(error).splitlines()[-1]}")

@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_goes_on(world, tmp_path, 
     assert finish(start(arguments(world, tmp_path)))[0] == 0
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:100_000])
     older = tmp_path / "epoch-2.pt"
-    sentence = f"last.pt is not a checkpoint .* older ones are .*{older}.*: --resume one of them with --force"
+    sentence = f"last.pt is not a checkpoint.* older ones are .*{older}.*: --resume one of them with --force"
     with pytest.raises(ValueError, match=sentence):
         train.run(train.parse(arguments(world, tmp_path)))
     again = [*arguments(world, tmp_path, resume=older, steps=20), "--force"]

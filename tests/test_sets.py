@@ -422,7 +422,7 @@ def test_a_coco_index_in_another_order(tmp_path):
     coco(tmp_path / "resisc45", [*labels[:7], labels[8], labels[7], *labels[9:]])
     with pytest.raises(ValueError, match="another order .*: number 7 is 'circular farmland' here and 'church' in"):
         data.test_set("resisc45", tmp_path)
-    (tmp_path / "resisc45/test.json").write_text('{"images": 3}')
+    (tmp_path / "resisc45/test.json").write_text('{"images": 3, "categories": []}')
     with pytest.raises(ValueError, match="no index of pictures and categories in COCO's form"):
         data.test_set("resisc45", tmp_path)
 
@@ -464,10 +464,21 @@ def test_the_test_split_is_taken_before_the_validation_split(tmp_path):
     assert len(data.test_set("dtd", tmp_path, "train").pictures) == 47
 
 
-def test_wordnet_ids_are_no_names(tmp_path):
+def test_wordnet_ids_are_no_names(tmp_path, tiny):
     class_folders(tmp_path / "mine/val", ["n01440764", "n01443537"])
+    class_folders(tmp_path / "mine/train", ["n01440764", "n01443537"])
     with pytest.raises(ValueError, match="the classes are WordNet ids: give words.txt or --names"):
-        data.test_set("mine", tmp_path)
+        evaluate.zeroshot(*tiny, data.test_set("mine", tmp_path))
+    assert evaluate.probe_sets("mine", tmp_path)[1].names == [["n01440764"], ["n01443537"]]  # no words are needed
+    for folder, name in (("mine/val", "cat"), ("mine", "fish")):
+        (tmp_path / folder / "words.txt").write_text(f"n01440764\t{name}\nn01443537\tdog\n")
+        (tmp_path / folder / "templates.txt").write_text(f"{name}: {{}}\n")
+    for name in ("cat", "fish"):  # among the class folders, or in the folder of the set
+        tests = data.test_set("mine", tmp_path)
+        assert tests.names == [[name], ["dog"]] and tests.templates == [f"{name}: {{}}"]
+        evaluate.zeroshot(*tiny, tests)
+        for file in ("words.txt", "templates.txt"):
+            (tmp_path / "mine/val" / file).unlink(missing_ok=True)
 
 
 def test_pictures_in_ppm_and_labels_that_are_numbers(tmp_path, tiny):
@@ -501,6 +512,9 @@ def test_another_project_s_list_is_passed_over(tmp_path):
     (tmp_path / "voc2007/test.txt").rename(tmp_path / "voc2007/test_ic.txt")
     (tmp_path / "voc2007/test.txt").write_text("000001\n000002\n")
     assert data.test_set("voc2007", tmp_path).targets.sum(0).tolist() == [2] * 20
+    class_folders(tmp_path / "mine/test", ["a", "b"])
+    (tmp_path / "mine/test.json").write_text('{"note": "not an index"}')
+    assert data.test_set("mine", tmp_path).names == [["a"], ["b"]]
 
 
 def test_pictures_are_seen_as_the_format_wants(tmp_path, tiny, monkeypatch):
@@ -605,7 +619,7 @@ def test_zeroshot_imagenet_as_typed(imagenet, tmp_path, tiny):
     assert len(list((tmp_path / "runs/one").glob("last.pt.classifier-*.pt"))) == 1
     records = json.loads((tmp_path / "runs/one/results.json").read_text())
     assert [(r["task"], r["protocol"]["templates"], r["protocol"]["pictures"]) for r in records] == [
-        ("zeroshot imagenet", 80, 1000)]  # the second in the place of the first
+        ("zeroshot imagenet", 80, 1000)] * 2  # one for each place
     assert records[0]["sha256"] == hashlib.sha256((tmp_path / "runs/one/last.pt").read_bytes()).hexdigest()
     assert {"commit", "torch", "date", "checkpoint", "scores", "remarks"} <= records[0].keys()
     assert records[0]["scores"]["accuracy"] == pytest.approx(expected)
@@ -613,9 +627,9 @@ def test_zeroshot_imagenet_as_typed(imagenet, tmp_path, tiny):
     done = run(tmp_path, "--zeroshot", "imagenet-1k", "--templates", 7)
     assert done.returncode == 0 and "zeroshot imagenet" in done.stdout
     records = json.loads((tmp_path / "runs/one/results.json").read_text())
-    assert [r["protocol"]["templates"] for r in records] == [80, 7]
+    assert [r["protocol"]["templates"] for r in records] == [80, 80, 7]
     done = run(tmp_path, "--zeroshot", "imagenet-1k", "--templates", 7)
-    assert len(json.loads((tmp_path / "runs/one/results.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "runs/one/results.json").read_text())) == 3
 
 
 def test_icinw_with_some_sets_missing_and_two_checkpoints(tmp_path, tiny):
@@ -682,6 +696,8 @@ def test_a_model_without_text_and_a_file_that_is_none_beside_one(coloured, tiny,
     (["--zeroshot", "one", "--checkpoint", "data"], "data is a folder without model.safetensors"),
     (["--zeroshot", "one", "--templates", "8"], "invalid choice"),
     (["--templates", "7"], "nothing to do"), (["--linear", "one", "--templates", "7"], "--templates is for --zeroshot"),
+    (["--zeroshot", "mnist", "--templates", "7"], "--templates 7 is for --zeroshot imagenet"),
+    (["--linear", "one", "--protocol", "mocov3", "--lr", "nan"], "--lr must be more than 0"),
     (["--linear", "one", "--lr", "7"], "--lr is for --protocol mocov3"),
     (["--zeroshot", "one", "--features", "both"], "--features is for --linear"),
     (["--linear", "one", "--protocol", "mocov3", "--epochs", "-3"], "--epochs must be more than 0"),
@@ -814,14 +830,27 @@ def test_a_probe_of_several_labels_ranks_what_it_fitted(tmp_path, tiny, monkeypa
     assert abs(result["scores"]["11point_mAP"] - evaluate.map_11point(logits.softmax(1), y[300:])) > 1e-3
 
 
+def test_a_probe_with_too_few_pictures_is_told(tmp_path, tiny):
+    class_folders(tmp_path / "mine/test", ["a", "b"])
+    class_folders(tmp_path / "mine/train", ["a", "b"], each=1)
+    with pytest.raises(ValueError, match="2 training pictures are too few for a linear probe"):
+        evaluate.linear(tiny[0], evaluate.probe_sets("mine", tmp_path))
+    class_folders(tmp_path / "memes/test", ["meme", "hatespeech meme"])
+    class_folders(tmp_path / "memes/train", ["meme", "hatespeech meme"], each=2)
+    with pytest.raises(ValueError, match="cannot be told from the 1 training pictures that are held out"):
+        evaluate.linear(tiny[0], evaluate.probe_sets("memes", tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words,why", [
     (["--zeroshot", "own", "mine"], "no test set 'own'"),  # told on both, and mine is evaluated
     (["--zeroshot", "mine", "--linear", "own", "--protocol", "mocov3", "--epochs", "1", "--batch-size", "8"],
-     "cannot read the picture")])  # the others wait for it in mid-epoch: the job ends
+     "cannot read the picture"),  # the others wait for it in mid-epoch: the job ends
+    (["--zeroshot", "mine", "--checkpoint", "runs/bad.pt", "runs/one/last.pt"], "bad.pt is not a checkpoint")])
 def test_a_rank_that_fails_alone(words, why, coloured, tiny, tmp_path):
     """Rank 1 has no set `own`, or one with a picture that cannot be read: no score of one set is another's."""
     save(*tiny, tmp_path / "runs/one/last.pt")
+    (tmp_path / "runs/bad.pt").touch()
     for rank in (0, 1):
         shutil.copytree(coloured / "mine", tmp_path / str(rank) / "mine")
         if rank == 0 or "--linear" in words:
@@ -838,6 +867,24 @@ def test_a_rank_that_fails_alone(words, why, coloured, tiny, tmp_path):
     alone = evaluate.zeroshot(*tiny, data.test_set("mine", coloured))["scores"]
     records = json.loads((tmp_path / "runs/one/results.json").read_text())
     assert [(r["task"], r["scores"]) for r in records] == [("zeroshot mine", pytest.approx(alone))]
+
+
+@pytest.mark.slow
+def test_ranks_whose_pictures_lie_apart_share_what_is_kept(coloured, tiny, tmp_path):
+    """Copies on two nodes have other paths and times: the first rank's stand for all, the second time too."""
+    save(*tiny, tmp_path / "runs/one/last.pt")
+    for rank in (0, 1):
+        shutil.copytree(coloured / "mine", tmp_path / str(rank) / "mine", copy_function=shutil.copy)
+    (tmp_path / "go.py").write_text(f"import os, sys; sys.path.insert(0, {str(HERE)!r})\nos.environ['MASKCLIP_DATA'] = "
+                                    "os.environ['RANK']\nimport evaluate\nevaluate.main()\n")
+    said = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                               tmp_path / "go.py", "--linear", "mine"], capture_output=True, text=True, cwd=tmp_path,
+                              timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1] and len(list((tmp_path / "runs/one").glob("last.pt.features-*"))) == 2
 
 
 @pytest.mark.slow
