@@ -136,11 +136,13 @@ class _Script(pickle.Unpickler):
         if module.startswith("__torch__"):
             return self.Module
         kinds = dict(FloatStorage=torch.float32, HalfStorage=torch.float16, LongStorage=torch.int64,
-                     IntStorage=torch.int32, DoubleStorage=torch.float64, BoolStorage=torch.bool)
+                     IntStorage=torch.int32, DoubleStorage=torch.float64, BoolStorage=torch.bool,
+                     BFloat16Storage=torch.bfloat16)
         if module == "torch" and name in kinds:
             return kinds[name]
         plain = {"torch._utils._rebuild_tensor_v2": lambda rows, offset, size, stride, *_:
                  rows.as_strided(size, stride, offset), "collections.OrderedDict": dict,
+                 "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
                  **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")}}
         if f"{module}.{name}" not in plain:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded")

@@ -602,6 +602,29 @@ def archive(path, pickled):
     return path
 
 
+class Program(torch.nn.Module):
+    """What a TorchScript archive may hold beside tensors: modules in modules, typed lists and dicts."""
+    sizes: list[int]
+    names: dict[str, int]
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(2, 3).half(), torch.nn.LayerNorm(3).bfloat16())
+        self.register_buffer("count", torch.tensor(3))
+        self.sizes, self.names = [1, 2], {"a": 1}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + len(self.sizes) + self.names["a"]
+
+
+def test_the_tensors_of_a_program_are_read(tmp_path):
+    program = Program()
+    torch.jit.save(torch.jit.script(program), tmp_path / "program.pt")
+    read = evaluate._load(tmp_path / "program.pt")
+    assert read.pop("torchscript") and read.keys() == program.state_dict().keys()
+    assert all(torch.equal(read[name], x) and read[name].dtype == x.dtype for name, x in program.state_dict().items())
+
+
 def test_a_program_is_not_run(tmp_path):
     call = b"system\n(S'echo this ran > ran'\ntR."
     for pickled in (pickle.dumps(Evil()), b"c__torch__.os\n" + call, b"cos\n" + call):
