@@ -724,7 +724,7 @@ def about(tests):
                 classes=len(tests.names))
 
 
-def retrieval(model, tokenizer, folder, cache=NO_CACHE):
+def retrieval(model, tokenizer, folder):
     """Image-text retrieval on the test split of a Karpathy json."""
     paths, texts, owners = data.karpathy(folder)
     recall = recall_of_features(encode_unit(model, paths), encode_texts(model, tokenizer, texts), owners)
@@ -733,7 +733,7 @@ def retrieval(model, tokenizer, folder, cache=NO_CACHE):
                 protocol=dict(place=str(folder), pictures=len(paths), texts=len(texts), split="test"))
 
 
-def dense(model, tokenizer, folder, cache=NO_CACHE):
+def dense(model, tokenizer, folder):
     """Patch-word segmentation: each pixel goes to the class whose words are nearest to its patch.
 
     folder/{images,labels}/ hold pictures and label pictures of the same names; label 0 is left out, k is line k of
@@ -1197,7 +1197,8 @@ def tasks(args):
             yield "zeroshot", one, name == "icinw", partial(load, one), partial(zeroshot, synonyms=args.synonyms)
     for flag, part, function in (("retrieval", "val", retrieval), ("dense", "dense", dense)):
         for name in getattr(args, flag) or ():
-            yield flag, name, False, partial(find, name, args.root, part), function
+            yield (flag, name, False, partial(find, name, args.root, part),
+                   lambda model, tokenizer, folder, cache, function=function: function(model, tokenizer, folder))
     for name in args.linear or ():
         yield "linear", name, False, partial(probe_sets, name, args.root), probe
 
