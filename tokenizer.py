@@ -21,7 +21,6 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 
-import ftfy
 import regex
 import torch
 
@@ -47,6 +46,7 @@ def words(text):
     """CLIP's cleaning of a str (mojibake, HTML entities, lower case, white space) -> list of words."""
     # In printable ASCII without "&" there is nothing that ftfy or html.unescape would change.
     if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy  # here, for it takes 0.1 s
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return text.lower().split()
 

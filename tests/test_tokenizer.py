@@ -132,6 +132,13 @@ def test_round_trip(tok):
         assert tok.decode(tok.encode(text)).split() == PATTERN.findall(plain_clean(text)), text
 
 
+def test_importing_takes_no_ftfy():
+    """A tenth of a second that clean captions do not need."""
+    code = "import sys, train; print('ftfy' in sys.modules, train.data.Tokenizer.train(['a'], 515).encode('café'))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert run.stdout.startswith("False [") and run.returncode == 0
+
+
 def test_printable_ascii_needs_no_ftfy():
     rng = random.Random(0)
     for _ in range(3000):
