@@ -117,9 +117,33 @@ def distillation_loss(student_logits, teacher_logits, center, student_temp=0.1, 
 
     student_logits, teacher_logits (R, K) of the hidden patches, center (K,) -> (); no gradient reaches the teacher
     """
-    target = ((teacher_logits.detach().float() - center) / teacher_temp).softmax(-1)
-    rows = -(target * (student_logits.float() / student_temp).log_softmax(-1)).sum(-1)   # (R,)
+    rows = _SoftCrossEntropy.apply(student_logits, teacher_logits, center, student_temp, teacher_temp)   # (R,)
     return _global_mean(rows, torch.ones_like(rows), total)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """-p . log q of each row, p = softmax((teacher - center) / teacher_temp), q = softmax(student / student_temp).
+
+    The gradient, (q - p) / student_temp, is made in the forward pass, some rows at a time: nothing of (R, K), which is
+    gigabytes, is held in float32, and less passes through the memory.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, center, student_temp, teacher_temp):
+        gradient, rows = torch.empty_like(student), []
+        few = max(1, 2 ** 22 // student.size(1))  # our choice: 16 MiB stay in most caches
+        for s, t, d in zip(student.split(few), teacher.split(few), gradient.split(few)):
+            p = ((t.float() - center) / teacher_temp).softmax(-1)
+            log_q = (s.float() / student_temp).log_softmax(-1)
+            rows.append(-torch.linalg.vecdot(p, log_q))
+            d.copy_((log_q.exp_() - p) / student_temp)
+        ctx.save_for_backward(gradient)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, of_rows):
+        gradient, = ctx.saved_tensors
+        return torch.mul(gradient, of_rows[:, None], out=torch.empty_like(gradient)), None, None, None, None
 
 
 @torch.no_grad()

@@ -81,11 +81,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, key_mask=None):
-        """x (B, L, D) -> (B, L, D).  key_mask (B, L) bool, True = may be looked at."""
+    def forward(self, x, causal=False, key_mask=None, rows=slice(None)):
+        """x (B, L, D) -> (B, L, D), or of `rows` of L alone.  key_mask (B, L) bool, True = may be looked at."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B, heads, L, D/heads)
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        x = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask, is_causal=causal)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def values(self, x):
@@ -108,15 +108,15 @@ class Block(nn.Module):
         self.mlp.add_module("act", QuickGELU() if quick_gelu else nn.GELU())
         self.mlp.add_module("fc2", nn.Linear(4 * width, width))
 
-    def forward(self, x, causal=False, key_mask=None):
-        """x (B, L, D) -> (B, L, D)."""
+    def forward(self, x, causal=False, key_mask=None, rows=slice(None)):
+        """x (B, L, D) -> (B, L, D), or the `rows` of it that are read: a last block need not compute the others."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.inner, x, causal, key_mask, use_reentrant=False, preserve_rng_state=False)
-        return self.inner(x, causal, key_mask)
+            return checkpoint(self.inner, x, causal, key_mask, rows, use_reentrant=False, preserve_rng_state=False)
+        return self.inner(x, causal, key_mask, rows)
 
-    def inner(self, x, causal, key_mask):
+    def inner(self, x, causal, key_mask, rows):
         """What forward does."""
-        x = x + self.attn(self.norm1(x), causal, key_mask)
+        x = x[:, rows] + self.attn(self.norm1(x), causal, key_mask, rows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -153,9 +153,13 @@ class ViT(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.size(0), -1, -1)    # (B, 1, D)
         return self.norm_pre(torch.cat([cls, x], 1))                                # (B, 1 + N or V, D)
 
-    def forward(self, images, ids_keep=None):
-        """images (B, 3, H, W) normalised; ids_keep (B, V): only these patches are seen.  -> (B, 1 + N or V, D)"""
-        return self.norm(self.blocks(self.embed(images, ids_keep)))
+    def forward(self, images, ids_keep=None, rows=slice(None)):
+        """images (B, 3, H, W) normalised; ids_keep (B, V): only these patches are seen.  -> (B, 1 + N or V, D)
+
+        rows: the places of the result that are wanted, all unless said: slice(1) is the class token.
+        """
+        x = self.blocks[:-1](self.embed(images, ids_keep))
+        return self.norm(self.blocks[-1](x, rows=rows))
 
     def patch_views(self, images):
         """(B, 3, H, W) -> (B, depth, N, D): the class token as if it looked at one patch alone, from block l on.
@@ -209,7 +213,8 @@ class ImageDecoder(nn.Module):
         x = torch.cat([f, self.mask_token.expand(B, M, -1)], 1)                           # (B, 1 + N, D)
         places = torch.cat([ids_keep.new_zeros(B, 1), 1 + ids_keep, 1 + ids_hide], 1)     # (B, 1 + N)
         # F.embedding, for the gradient of plain indexing is summed in a random order on several CPU threads.
-        return self.norm(self.blocks(x + F.embedding(places, self.pos_embed))[:, f.size(1):])
+        x = self.blocks[:-1](x + F.embedding(places, self.pos_embed))
+        return self.norm(self.blocks[-1](x, rows=slice(f.size(1), None)))                 # (B, M, D)
 
 
 class TextDecoder(nn.Module):
@@ -280,37 +285,36 @@ def ssl_head(c):
 
 # ---------------------------------------------------------------- the six methods
 # A batch is a dict of tensors (data.Samples.collate, pixels normalised; `needs` names what it reads), and so is what
-# forward returns; losses are train.py's business.  forward has three parts, so that a batch that does not fit can be
-# taken in pieces (train.Step): `features` and `masked` treat each pair by itself, `across` all pairs together.
+# forward returns; losses are train.py's business.  forward is made of passes that share nothing but weights, so that
+# training can take each, with its losses, forward and back before the next one needs the memory.  `pairs` and `views`
+# treat each pair by itself, `across` all of them together: what does not fit is taken in pieces (train.Step).
 
 class VisionModel(nn.Module):
-    """What all methods share: an image tower, and a forward pass in three parts."""
+    """What all methods share: an image tower, and a forward pass made of `passes`, which name methods."""
+    passes = ()
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.visual = ViT(config)
 
-    def features(self, batch):
-        """What a loss compares between pairs: {name: (B, ...)}."""
-        return {}
-
     def across(self, features):
-        """The features of ALL pairs of this rank -> what those losses read."""
+        """What `pairs` or `views` gave for ALL pairs of this rank -> what the losses that compare pairs read."""
         return features
 
-    def masked(self, batch):
-        """What the method's masked passes predict."""
-        return {}
-
-    def forward(self, batch):
-        """All that the losses read."""
-        return self.across(self.features(batch)) | self.masked(batch)
+    def forward(self, batch, passes=None):
+        """What the losses of some passes read; unless said, of all."""
+        out = {}
+        for name in passes or self.passes:
+            features = getattr(self, name)(batch)
+            out |= features if name == "masked" else self.across(features)
+        return out
 
 
 class CLIP(VisionModel):
     """Contrastive language-image pretraining: L_I + L_T."""
     needs = ("images", "text")
+    passes = ("pairs",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -322,7 +326,7 @@ class CLIP(VisionModel):
 
     def encode_image(self, images):
         """(B, 3, H, W) -> (B, E), before length normalisation."""
-        return self.image_projection(self.visual(images)[:, 0])
+        return self.image_projection(self.visual(images, rows=slice(1))[:, 0])
 
     def encode_text(self, tokens):
         """(B, L) -> (B, E), before length normalisation: the token at the first end-of-text."""
@@ -337,41 +341,43 @@ class CLIP(VisionModel):
         """
         return F.normalize(self.image_projection(self.visual.patch_views(images)), dim=-1).mean(1)
 
-    def features(self, batch):
+    def pairs(self, batch):
         """-> image (B, E), text (B, E)."""
         return dict(image=self.encode_image(batch["images"]), text=self.encode_text(batch["tokens"]))
 
     def across(self, features):
         """-> image, text, and scale ()."""
-        return dict(image=features["image"], text=features["text"], scale=self.logit_scale.exp())
+        return features | dict(scale=self.logit_scale.exp())
 
 
 class SLIP(CLIP):
     """CLIP and SimCLR on two further views (Mu et al. 2022)."""
     needs = (*CLIP.needs, "views")
+    passes = ("views", "pairs")
 
     def __init__(self, config):
         super().__init__(config)
         self.ssl_head = ssl_head(config)
 
-    def features(self, batch):
-        """CLIP's, and view1, view2 (B, D)."""
-        return super().features(batch) | two_views(self, batch)
+    def views(self, batch):
+        """-> view1, view2 (B, D)."""
+        return two_views(self, batch)
 
     def across(self, features):
-        """CLIP's, and z1, z2 (B, 256)."""
-        return super().across(features) | compared_views(self, features)
+        """-> z1, z2 (B, 256) of views, else CLIP's."""
+        return compared_views(self, features) if "view1" in features else super().across(features)
 
 
 class SimCLR(VisionModel):
     """SimCLR alone, with SLIP's head and views."""
     needs = ("views",)
+    passes = ("views",)
 
     def __init__(self, config):
         super().__init__(config)
         self.ssl_head = ssl_head(config)
 
-    def features(self, batch):
+    def views(self, batch):
         """-> view1, view2 (B, D)."""
         return two_views(self, batch)
 
@@ -382,7 +388,7 @@ class SimCLR(VisionModel):
 
 def two_views(model, batch):
     """views (B, 2, 3, H, W) -> view1, view2 (B, D), their class tokens"""
-    return {f"view{i + 1}": model.visual(batch["views"][:, i])[:, 0] for i in range(2)}
+    return {f"view{i + 1}": model.visual(batch["views"][:, i], rows=slice(1))[:, 0] for i in range(2)}
 
 
 def compared_views(model, features):
@@ -393,6 +399,7 @@ def compared_views(model, features):
 class CLIPMAE(CLIP):
     """CLIP and reconstruction of hidden patches' pixels from the visible ones, by the same decoder as MaskCLIP's."""
     needs = (*CLIP.needs, "mask")
+    passes = ("masked", "pairs")
 
     def __init__(self, config):
         super().__init__(config)
@@ -407,6 +414,7 @@ class CLIPMAE(CLIP):
 class MAE(VisionModel):
     """MAE alone (He et al. 2022)."""
     needs = ("images", "mask")
+    passes = ("masked",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -433,6 +441,7 @@ class MaskCLIP(CLIP):
     CLIP's part sees the full image and the full text.
     """
     needs = (*CLIP.needs, "mask", "mlm")
+    passes = ("masked", "pairs")
 
     def __init__(self, config):
         super().__init__(config)

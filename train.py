@@ -8,6 +8,7 @@ Ideas: nanoGPT (a plain loop, schedules as functions of the step), DINO (teacher
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -198,6 +199,12 @@ def masked_terms(out, batch, teacher_logits, center, patch_size, totals):
     return terms
 
 
+def normalized(batch, name):
+    """The batch with the pixels that a pass reads normalised, in float32."""
+    what = "views" if name == "views" else "images"
+    return batch | {what: data.normalize(batch[what])}
+
+
 def split(batch, count):
     """A batch in `count` parts of equal size, in order."""
     if count == 1:
@@ -220,74 +227,93 @@ class Step:
     """One step's forward and backward passes: `gradients` adds the gradients of its loss to .grad.
 
     student: the model, or DistributedDataParallel around it; amp: autocast; loss: {name: ()} -> (), weighted, scaled.
+    Each of the model's passes goes forward and back before the next: no two hold their activations at a time.
     """
 
     def __init__(self, model, student, teacher, amp, loss):
         self.model, self.student, self.teacher, self.amp, self.loss = model, student, teacher, amp, loss
         self.center = teacher.center if teacher else None
         self.device, self.patch_size = next(model.parameters()).device, model.config.patch_size
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def ready(self, batch):
-        """What data.Samples.collate made -> on the device, pixels normalised."""
-        batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
-        return batch | {name: data.normalize(batch[name]) for name in ("images", "views") if name in batch}
+    def sent(self, parts):
+        """Parts of a batch on the device; a GPU takes them, from pinned memory, beside what it still computes."""
+        with torch.cuda.stream(self.side):  # None: no other stream
+            parts = [{name: x.to(self.device, non_blocking=True) for name, x in part.items()} for part in parts]
+        if self.side:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self.side)
+            for x in itertools.chain(*map(dict.values, parts)):
+                x.record_stream(here)
+        return parts
+
+    def gradients(self, parts):
+        """Of a batch in parts (`split`, `sent`).
+
+        -> loss terms {name: ()}, unweighted; image and text features, if any; the teacher's mean logits of each part
+        """
+        terms, features, means = {}, {}, None
+        totals = self.totals(parts) if len(parts) > 1 else {}
+        for name in self.model.passes:
+            # DDP averages when the last pass goes back: what the others left in .grad, too (find_unused_parameters).
+            run = self.student if name == self.model.passes[-1] else self.model
+            if name == "masked":
+                of_parts, means = zip(*(self.masked(run, part, totals) for part in parts))
+                of_pass = {term: sum(of_part[term] for of_part in of_parts) for term in of_parts[0]}
+                means = torch.cat(means) if self.teacher else None
+            else:
+                of_pass, out = self.cached(name, parts) if len(parts) > 1 else self.whole(run, name, *parts)
+                features |= {key: out[key].detach() for key in ("image", "text") if key in out}
+            terms = of_pass | terms
+        if len(parts) > 1:
+            average_gradients(self.model)
+        return terms, features, means
+
+    def masked(self, run, part, totals):
+        """The masked pass through one part, forward and back.  -> terms, the teacher's mean logits (1, K) or None"""
+        part, mean = normalized(part, "images"), None
+        with self.amp:
+            logits, out = self.targets(part), run(part, ("masked",))
+        terms = masked_terms(out, part, logits, self.center, self.patch_size, totals)
+        self.loss(terms).backward()
+        if self.teacher:
+            mean = logits.mean(0, keepdim=True, dtype=torch.float32)
+        return {name: term.detach() for name, term in terms.items()}, mean
 
     def targets(self, batch):
-        """The teacher's logits (B * M, K) and their mean (1, K); None, None without a teacher."""
-        if not self.teacher:
-            return None, None
-        logits = self.teacher(batch["images"], batch["ids_hide"]).flatten(0, 1)
-        return logits, logits.mean(0, keepdim=True, dtype=torch.float32)
+        """The teacher's logits (B * M, K), None without a teacher."""
+        return self.teacher(batch["images"], batch["ids_hide"]).flatten(0, 1) if self.teacher else None
 
-    def gradients(self, batch, count):
-        """-> loss terms {name: ()}, unweighted; image and text features, if any; teacher's mean logits (count, K)."""
-        terms, out, means = self.whole(batch) if count == 1 else self.in_parts(split(batch, count))
-        return ({name: term.detach() for name, term in terms.items()},
-                {name: out[name].detach() for name in ("image", "text") if name in out}, means)
-
-    def whole(self, batch):
-        """This rank's share in one piece."""
-        batch = self.ready(batch)
+    def whole(self, run, name, batch):
+        """A pass that compares pairs, forward and back.  -> terms, what forward gave"""
         with self.amp:
-            (logits, mean), out = self.targets(batch), self.student(batch)
-        terms = joint_terms(out) | masked_terms(out, batch, logits, self.center, self.patch_size, {})
+            out = run(normalized(batch, name), (name,))
+        terms = joint_terms(out)
         self.loss(terms).backward()
-        return terms, out, mean
+        return {name: term.detach() for name, term in terms.items()}, out
 
-    def in_parts(self, parts):
+    def cached(self, name, parts):
         """The same in parts, where the whole does not fit: GradCache (Gao et al. 2021).  Equal but for rounding.
 
         The features of all parts are computed without gradient; the losses that compare pairs are taken on all of them
-        and give each feature its gradient; then each part is computed again and takes that gradient on, with its share
-        of the other losses.  SimCLR's head, which normalises over the batch, stands behind the features: it sees all.
+        and give each feature its gradient; then each part is computed again and takes that gradient on.  SimCLR's head,
+        which normalises over the batch, stands behind the features: it sees all.
         """
-        with torch.no_grad(), self.amp:
-            cached = [self.model.features(self.ready(part)) for part in parts]
-        features = {name: torch.cat([c[name] for c in cached]).requires_grad_() for name in cached[0]}
+        with torch.no_grad():
+            pieces = [self.features(name, part) for part in parts]
+        features = {key: torch.cat([piece[key] for piece in pieces]).requires_grad_() for key in pieces[0]}
         with self.amp:
             out = self.model.across(features)
-        terms, means = joint_terms(out), []
-        if terms:
-            self.loss(terms).backward()
-        gradients = {name: x.grad.chunk(len(parts)) for name, x in features.items()}
-        totals = self.totals(parts)
-        for i, part in enumerate(parts):
-            of_part, mean = self.part(part, {name: pieces[i] for name, pieces in gradients.items()}, totals)
-            terms |= {name: terms.get(name, 0) + term for name, term in of_part.items()}
-            means.append(mean)
-        average_gradients(self.model)
-        return terms, out, torch.cat(means) if self.teacher else None
+        terms = joint_terms(out)
+        self.loss(terms).backward()
+        for part, *gradients in zip(parts, *(x.grad.chunk(len(parts)) for x in features.values())):
+            torch.autograd.backward(list(self.features(name, part).values()), gradients)
+        return {name: term.detach() for name, term in terms.items()}, out
 
-    def part(self, part, gradients, totals):
-        """Backward through one part, whose features take `gradients` on (zeros where absent).  No rank waits here."""
-        batch = self.ready(part)
+    def features(self, name, part):
+        """What a pass computes of each pair by itself."""
         with self.amp:
-            (logits, mean), features, out = self.targets(batch), self.model.features(batch), self.model.masked(batch)
-        terms = masked_terms(out, batch, logits, self.center, self.patch_size, totals)
-        ends = [(x, gradients.get(name, torch.zeros_like(x))) for name, x in features.items()]
-        ends += [(self.loss(terms), None)] if terms else []
-        torch.autograd.backward(*zip(*ends))
-        return {name: term.detach() for name, term in terms.items()}, mean
+            return getattr(self.model, name)(normalized(part, name))
 
     def totals(self, parts):
         """Hidden patches and masked words of the global batch: the masked losses are means over all of them."""
@@ -301,13 +327,18 @@ class Step:
         On the GPU, before the first step: what optimiser and DDP will allocate is held meanwhile, and a tenth of the
         memory more (our choice: later texts may be longer).
         """
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters, ones = sum(p.numel() for p in self.model.parameters()), torch.ones((), device=self.device)
         spare = 3 * 4 * parameters + torch.cuda.get_device_properties(self.device).total_memory // 10
 
         def rehearse(count):
             held = torch.empty(spare, dtype=torch.uint8, device=self.device)
-            parts = split(batch, count)
-            self.part(parts[0], {}, {name: torch.ones((), device=self.device) for name in ("hidden", "words")})
+            part, = self.sent(split(batch, count)[:1])
+            for name in self.model.passes:  # no rank waits for another here
+                if name == "masked":
+                    self.masked(self.model, part, dict(hidden=ones, words=ones))
+                else:
+                    features = self.features(name, part).values()
+                    torch.autograd.backward(list(features), [torch.zeros_like(x) for x in features])
             del held
         size = fitting(len(next(iter(batch.values()))), rehearse)
         self.model.zero_grad(set_to_none=True)
@@ -377,6 +408,8 @@ def join(minutes):
                              "as many processes on a machine, and let each see all of its GPUs")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products are so by default
+    else:
+        keep_memory()
     if world == 1:
         return Place(rank, world, device)
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -394,6 +427,14 @@ def join(minutes):
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(f"cannot meet the other {world - 1} ranks at {where} within {minutes} minutes: "
                               f"{str(error).splitlines()[0]}") from error
+
+
+def keep_memory():
+    """Let malloc keep what is freed: large tensors taken anew from the system, page by page, cost a CPU 5 to 10 %."""
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)              # M_MMAP_MAX: nothing from mmap, which gives back at once
+        mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD: the end of the heap only above 2 GiB
 
 
 def lost_ranks(place):
@@ -734,8 +775,9 @@ def open_run(config, place):
         if isinstance(module, models.Block):
             module.recompute = config.grad_checkpointing
             if config.compile:
-                torch._dynamo.config.recompile_limit = 64  # towers, decoders, masks, gradients: all share one code
-                module.compile()
+                # Towers, decoders, masks, gradients and ten lengths of text (data.Samples.collate) share one code.
+                torch._dynamo.config.recompile_limit = 64
+                module.compile(dynamic=False)
     if place.rank == 0:
         check_space(config, model, teacher)
 
@@ -779,7 +821,7 @@ def open_loader(run, stop_at):
 
 
 def make_step(run, batches):
-    """How a step is computed, and in how many parts.  -> Step, parts, the batches"""
+    """How a step is computed, and in how many parts.  -> Step, count, the batches"""
     config, place = run.config, run.place
     weights = dict(distill=config.distill_weight, mlm=config.mlm_weight)
     if "text" in run.model.needs:  # beside CLIP; alone they are the whole loss
@@ -800,7 +842,7 @@ def make_step(run, batches):
                 place.say(f"{share} pairs do not fit on the GPU: {size} at a time, as by --micro-batch {size}")
             break
     if place.world > 1 and size == share:
-        step.student = DistributedDataParallel(run.model)
+        step.student = DistributedDataParallel(run.model, find_unused_parameters=len(run.model.passes) > 1)
     return step, share // size, batches
 
 
@@ -817,13 +859,43 @@ def open_log(run):
     return contextlib.closing(log)
 
 
+def advance(run, step, parts):
+    """One step of the run: gradients, weights, teacher.
+
+    -> loss terms {name: ()}, unweighted; image and text features, if any; gradient's norm (); learning rate, momentum
+    """
+    config, model, teacher, optimizer, scaler = run.config, run.model, run.teacher, run.optimizer, run.scaler
+    lr, momentum = (schedule(run.step, config, run.per_epoch) for schedule in (learning_rate, ema_momentum))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    terms, features, teacher_means = step.gradients(parts)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+    # Averaged over the ranks, so all of them see it where one has a loss or gradient that is not finite; the fused
+    # AdamW then leaves weights and moments as they are, without the host having to know.
+    lost = optimizer.found_inf = (~norm.isfinite()).float()
+    scaler.step(optimizer)
+    scaler.update()
+    if "text" in model.needs:
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # CLIP
+    if teacher:
+        models.ema_update(teacher, model, momentum)
+        losses.update_center(teacher.center, teacher_means)
+    run.step += 1
+    run.skipped.add_(lost)
+    run.in_a_row.copy_(torch.where(run.in_a_row < 10, (run.in_a_row + 1) * lost, run.in_a_row))
+    return terms, features, norm, lr, momentum
+
+
 def loop(run, log):
     """Step by step to the end or to a signal, then the report."""
-    config, place, model, teacher, optimizer, scaler = (run.config, run.place, run.model, run.teacher, run.optimizer,
-                                                        run.scaler)
-    out = Path(config.out)
+    config, place, model, out = run.config, run.place, run.model, Path(run.config.out)
     stop_at, has_text = min(run.total, config.steps or run.total), "text" in model.needs
-    step, parts, batches = make_step(run, iter(open_loader(run, stop_at)))
+    step, count, batches = make_step(run, iter(open_loader(run, stop_at)))
     stop_now, saved_step = Stop(place), run.step
     bar = tqdm(total=stop_at, initial=run.step, desc=config.method, unit="step", mininterval=1,
                disable=None if place.rank == 0 else True)  # a bar on a terminal, lines elsewhere
@@ -838,30 +910,8 @@ def loop(run, log):
             if run.bad <= 10:
                 tqdm.write(f"warning: bad pair, another takes its place: {line}")
                 named.append(line)
-        lr, momentum = (schedule(run.step, config, run.per_epoch) for schedule in (learning_rate, ema_momentum))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        optimizer.zero_grad(set_to_none=True)
-        terms, features, teacher_means = step.gradients(batch, parts)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        if config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-        # Averaged over the ranks, so all of them see it where one has a loss or gradient that is not finite; the fused
-        # AdamW then leaves weights and moments as they are, without the host having to know.
-        lost = optimizer.found_inf = (~norm.isfinite()).float()
-        scaler.step(optimizer)
-        scaler.update()
-        if has_text:
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))  # CLIP
-        if teacher:
-            models.ema_update(teacher, model, momentum)
-            losses.update_center(teacher.center, teacher_means)
-        run.step, seen = run.step + 1, seen + config.batch_size
-        run.skipped.add_(lost)
-        run.in_a_row.copy_(torch.where(run.in_a_row < 10, (run.in_a_row + 1) * lost, run.in_a_row))
+        terms, features, norm, lr, momentum = advance(run, step, step.sent(split(batch, count)))
+        seen += config.batch_size
         bar.update()
 
         stop = stop_now()
@@ -892,8 +942,8 @@ def loop(run, log):
                 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             log.write(dict(step=run.step, epoch=run.step / run.per_epoch, **values, **scores,
                            **dict(scale=model.logit_scale.exp().item()) if has_text else {}, lr=lr,
-                           **dict(ema=momentum) if teacher else {}, grad_norm=norm.item(), skipped=int(run.skipped),
-                           **dict(loss_scale=scaler.get_scale()) if scaler.is_enabled() else {}, bad=bad,
+                           **dict(ema=momentum) if run.teacher else {}, grad_norm=norm.item(), skipped=int(run.skipped),
+                           **dict(loss_scale=run.scaler.get_scale()) if run.scaler.is_enabled() else {}, bad=bad,
                            **dict(bad_pairs=named) if named else {}, pictures_per_s=round(seen / spent, 1),
                            data_wait=round(waited / spent, 3), memory_gib=round(peak / 2 ** 30, 2)))
             short = " ".join(f"{name} {x:.2f}" for name, x in values.items()) + f" {seen / spent:.0f} pictures/s"
@@ -952,7 +1002,8 @@ def evaluations(run, names):
         part, evaluation = evaluate.EVALUATIONS[name]
         if folder.name == "train" and (folder.parent / part).is_dir():
             try:
-                results[name] = evaluation(run.model, run.tokenizer, folder.parent / part)
+                with torch.compiler.set_stance("force_eager"):  # its shapes are others, and many
+                    results[name] = evaluation(run.model, run.tokenizer, folder.parent / part)
             except (OSError, ValueError) as error:  # say, shards of a validation split: no reason to fail a trained run
                 run.place.say(f"{name} not evaluated: {error}")
     return results

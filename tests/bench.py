@@ -1,33 +1,61 @@
-"""Benchmarks: each compares things in one run and prints the ratio.  No test depends on them.
+"""Benchmarks: each compares things in one run and prints ratios; no network.  No test depends on them.
 
-    python tests/bench.py                 all
-    python tests/bench.py loader index    some
+    python tests/bench.py                                               all
+    python tests/bench.py [steps|parts|memory|scaling|data|tokenizer|head|start|evaluation] ...
+    python tests/bench.py tokenizer --data yfcc15m --root /where/data/lies    on its captions instead of drawn ones
 
-`loader` compares with open_clip's chain too where it is installed (tests/peers.txt, .ci/run).
+Where open_clip is installed (tests/peers.txt, .ci/run) it has a row of its own.
 """
+import argparse
+import contextlib
+import functools
+import gc
 import importlib.util
 import io
+import re
 import resource
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import evaluate
+import losses
 import model as models
 import tokenizer
+import train
 
-CAPTION = "a photo of an old wooden boat on the shore of a quiet lake in the early morning, number {}"
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PEER = importlib.util.find_spec("open_clip") is not None
+PAPER = dict(slip=(2.67, 30 / 14), clip_mae=(1.30, 16 / 14), maskclip=(1.75, 19 / 14))   # time, memory over CLIP's
+
+
+def captions(n, seed=0):
+    """Captions of CC3M's lengths (10.3 words, deviation 4.5; Sharma et al. 2018); words of this repository, Zipf."""
+    rng = np.random.default_rng(seed)
+    text = " ".join(path.read_text() for path in (ROOT / "prompts.json", ROOT / "README.md", Path(data.__file__)))
+    words = rng.permutation(sorted(set(re.findall("[A-Za-z]{2,}", text))))
+    chances = 1 / np.arange(1, len(words) + 1)
+    lengths = rng.gamma((10.3 / 4.5) ** 2, 4.5 ** 2 / 10.3, n).round().clip(1).astype(int)
+    drawn = rng.choice(words, lengths.sum(), p=chances / chances.sum()).tolist()
+    ends = np.cumsum(lengths).tolist()
+    return [" ".join(drawn[start:end]) for start, end in zip([0, *ends], ends)]
 
 
 def jpeg(width, height, rng, quality=95):
@@ -44,15 +72,355 @@ def jpeg(width, height, rng, quality=95):
 
 def shards(folder, pictures, copies, shard_size=1000):
     """Write each picture `copies` times, with captions.  -> folder"""
-    rng = np.random.default_rng(0)
+    rng, texts = np.random.default_rng(0), captions(len(pictures) * copies)
     order = rng.permutation(len(pictures) * copies)
     for number in range(0, len(order), shard_size):
         with tarfile.open(folder / f"{number // shard_size:05d}.tar", "w") as tar:
             for i in order[number:number + shard_size]:
                 data.add_member(tar, f"{i:09d}.jpg", pictures[i % len(pictures)])
-                data.add_member(tar, f"{i:09d}.txt", CAPTION.format(i).encode())
+                data.add_member(tar, f"{i:09d}.txt", texts[i].encode())
     return folder
 
+
+def timed(functions, rounds=10, warm=2):
+    """Run each in turn, `rounds` times after `warm` ones.  -> {name: median seconds}"""
+    seconds = {name: [] for name in functions}
+    for number in range(warm + rounds):
+        for name, function in functions.items():
+            if DEVICE.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                taken = start.elapsed_time(end) / 1000
+            else:
+                start = time.perf_counter()
+                function()
+                taken = time.perf_counter() - start
+            if number >= warm:
+                seconds[name].append(taken)
+    return {name: float(np.median(x)) for name, x in seconds.items()}
+
+
+# ---------------------------------------------------------------- the step
+
+@functools.cache
+def filled_tokenizer():
+    """A tokenizer with as many entries as CLIP's; those that were not learned from captions occur nowhere."""
+    learned = tokenizer.Tokenizer.train(captions(20_000, seed=1), 8192).merges
+    return tokenizer.Tokenizer([*learned, *((f"[{i}", "]") for i in range(49409 - tokenizer.FIXED - len(learned)))])
+
+
+@contextlib.contextmanager
+def pairs_folder(n):
+    """n pairs in shards; ViT-B/16 batches of any method are made of them."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        yield shards(Path(folder), [jpeg(340, 256, rng) for _ in range(min(n, 32))], -(-n // 32))
+
+
+def opened(folder, method, batch_size, mode=None, **given):
+    """train.py's run of ViT-B/16 on the device, its tensors made under `mode`, and its first batch."""
+    config = train.resolve(dict(data=[str(folder)], model="vit_b16", method=method, batch_size=batch_size, epochs=1000,
+                                micro_batch=batch_size, workers=0, out=str(folder / "run"), **given))
+    place, tok = train.join(10), filled_tokenizer()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pairs = train.open_pairs(config, place)
+        known = dict(open_pairs=lambda *_: pairs, make_tokenizer=lambda *_: tok)
+        with mode or contextlib.nullcontext(), mock.patch.multiple(train, **known):
+            run = train.open_run(config, place)
+    batch = next(iter(train.open_loader(run, run.total)))
+    del batch["bad"]
+    return run, {name: x.pin_memory() if DEVICE.type == "cuda" else x for name, x in batch.items()}
+
+
+def stepper(run, batch, length=None):
+    """One step of the training loop as a function without arguments; captions padded to `length`."""
+    if length:
+        batch = batch | dict(tokens=F.pad(batch["tokens"], (0, length - batch["tokens"].size(1))))
+    step, count, _ = train.make_step(run, iter(()))
+    return lambda: train.advance(run, step, step.sent(train.split(batch, count)))
+
+
+def open_clip_stepper(batch, amp, compiled):
+    """One step of open_clip 3.3's training loop, ViT-B-16, on the same batch, as its --local-loss-less one GPU run."""
+    import open_clip
+    model = open_clip.create_model("ViT-B-16", output_dict=True).to(DEVICE).train()
+    loss, run = open_clip.ClipLoss(), torch.compile(model) if compiled else model
+    no_decay = [p for name, p in model.named_parameters() if p.ndim < 2 or any(x in name for x in ("bn", "ln", "bias"))]
+    others = {id(p) for p in no_decay}
+    optimizer = torch.optim.AdamW([dict(params=no_decay, weight_decay=0.0), dict(params=[
+        p for p in model.parameters() if id(p) not in others], weight_decay=0.2)], 5e-4, (0.9, 0.98), 1e-6)
+    images = data.normalize(batch["images"]).contiguous()
+    images, tokens = (x.pin_memory() if DEVICE.type == "cuda" else x for x in (
+        images, F.pad(batch["tokens"], (0, 77 - batch["tokens"].size(1)))))
+
+    def step():
+        on_device = images.to(DEVICE, non_blocking=True), tokens.to(DEVICE, non_blocking=True)
+        optimizer.zero_grad()
+        with amp:
+            total = sum(loss(**run(*on_device), output_dict=True).values())
+        total.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+    return step
+
+
+def product_rate(size, dtype):
+    """FLOP a second of one matrix product of that size."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * size ** 3 / timed(dict(product=lambda: a @ b))["product"]
+
+
+def flops(step):
+    """Counted floating-point operations of one call, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def steps():
+    """ViT-B/16 training steps of all methods, and open_clip's, in turn."""
+    cuda = DEVICE.type == "cuda"
+    for compiled, batch_size, methods in ((False, 512 if cuda else 8, ("clip", "clip_mae", "maskclip", "slip")),
+                                          (True, 1024 if cuda else 8, ("clip", "maskclip"))):
+        with pairs_folder(batch_size) as folder:
+            functions = {}
+            for method in methods:
+                run, batch = opened(folder, method, batch_size, compile=compiled)
+                functions[method] = stepper(run, batch)
+                if method == "clip":
+                    functions["clip, captions padded to 77"] = stepper(run, batch, 77)
+                    if PEER:
+                        functions["open_clip"] = open_clip_stepper(batch, run.amp, compiled)
+            seconds = timed(functions)
+            length = batch["tokens"].size(1)
+            print(f"steps of ViT-B/16 on {name_of_device()}, {'bf16' if cuda else 'fp32'}, batch {batch_size}, longest "
+                  f"caption {length} tokens, {'compiled' if compiled else 'eager'}")
+            rate = product_rate(8192 if cuda else 2048, torch.bfloat16 if cuda else torch.float32)
+            for name, x in seconds.items():
+                used = "" if name == "open_clip" else f"; {flops(functions[name]) / x / rate:.0%} of a matrix product"
+                print(f"  {name:<28} {batch_size / x:8.2f} pictures/s, time {x / seconds['clip']:.2f} of clip's, "
+                      f"{x / seconds['clip, captions padded to 77']:.2f} of padded clip's"
+                      + (f" (paper {PAPER[name][0]:.2f})" if name in PAPER else "")
+                      + (f", {x / seconds['open_clip']:.2f} of open_clip's" if PEER else "") + used, flush=True)
+            functions = run = None
+            gc.collect()
+
+
+def name_of_device():
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def parts():
+    """What single changes to the step are worth: each as it is, over what stood there before or might stand there."""
+    size = 256 if DEVICE.type == "cuda" else 8
+    amp = torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+    config = replace(models.PRESETS["vit_b16"], method="maskclip")
+    model = models.build(config).to(DEVICE)
+    teacher, block = models.Teacher(model), models.Block(768, 12, 1e-6).to(DEVICE)
+    images = torch.randn(size, 3, 224, 224, device=DEVICE)
+    x = torch.randn(size, 197, 768, device=DEVICE, requires_grad=True)
+    kind = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    student = torch.randn(size * 147, config.codewords, device=DEVICE, dtype=kind, requires_grad=True)
+    target, center = torch.randn_like(student), torch.zeros(config.codewords, device=DEVICE)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    fused, foreach = (torch.optim.AdamW(model.parameters(), 1e-4, **{how: True}) for how in ("fused", "foreach"))
+
+    def backward(function):
+        def both():
+            with amp:
+                y = function()
+            y.float().mean().backward()
+        return both
+
+    def one_by_one():
+        with torch.no_grad():
+            for a, b in zip(teacher.visual.parameters(), model.visual.parameters()):
+                a.mul_(0.999).add_(b, alpha=0.001)
+
+    def plain_distillation():
+        p = ((target.float() - center) / 0.04).softmax(-1)
+        return -(p * (student.float() / 0.1).log_softmax(-1)).sum(-1).mean()
+
+    def product():
+        p = images.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        embed = model.visual.patch_embed.proj
+        return F.linear(p, embed.weight.flatten(1), embed.bias)
+
+    def full_image(mode):
+        with mode, amp:
+            teacher.visual(images)
+    compared = {
+        "last block for the class token alone, over all tokens": (
+            backward(lambda: block(x, rows=slice(1))), backward(lambda: block(x))),
+        "distillation loss by rows with its gradient, over plain autograd": (
+            backward(lambda: losses.distillation_loss(student, target, center)), backward(plain_distillation)),
+        "patch embedding as a convolution, over a matrix product": (
+            backward(lambda: model.visual.patch_embed(images)), backward(product)),
+        "teacher without gradient, over inference mode": (
+            lambda: full_image(torch.no_grad()), lambda: full_image(torch.inference_mode())),
+        "EMA by foreach, over one by one": (lambda: models.ema_update(teacher, model, 0.999), one_by_one),
+        "AdamW fused, over foreach": (fused.step, foreach.step),
+    }
+    print(f"parts of a step of ViT-B/16 on {name_of_device()}, batch {size}, time")
+    for name, (ours, other) in compared.items():
+        seconds = timed(dict(ours=ours, other=other))
+        print(f"  {name}: {seconds['ours'] / seconds['other']:.2f} ({1000 * seconds['ours']:.1f} ms, "
+              f"{1000 * seconds['other']:.1f} ms)", flush=True)
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors that operations made and that still live; `peak` is the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage.nbytes())
+        return result
+
+    def gone(self, size):
+        self.now -= size
+
+
+def step_memory(method, batch_size, folder):
+    """-> peak bytes of a step after the first, bytes of weights and what stays with them (moments, teacher)
+
+    On CUDA they are measured.  Elsewhere the step runs with tensors that have shapes and types but no numbers, under
+    the CPU's bf16 autocast, and the bytes of those that live are counted: what a caching allocator rounds up, and the
+    work space of its libraries, are not in it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    if DEVICE.type == "cuda":
+        run, batch = opened(folder, method, batch_size)
+        step = stepper(run, batch)
+        step()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        lasting = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated(), lasting
+    live, fake = Live(), FakeTensorMode()
+    fake.__deepcopy__ = lambda memo: fake  # the teacher's tensors are of this mode too
+
+    @contextlib.contextmanager
+    def counting():
+        data._channels.cache_clear()  # a real tensor among the others
+        with live, fake, mock.patch.object(torch.nn.Module, "to", lambda module, *_: module):
+            yield
+        data._channels.cache_clear()
+    run, batch = opened(folder, method, batch_size, mode=counting(), precision="bf16")
+    with counting():
+        step = stepper(run, {name: fake.from_tensor(x) for name, x in batch.items()})
+        step()
+        gc.collect()
+        lasting = live.peak = live.now
+        step()
+    return live.peak, lasting
+
+
+def memory():
+    """Peak memory of a ViT-B/16 step of each method, over CLIP's."""
+    batch_size = 512 if DEVICE.type == "cuda" else 256
+    how = "measured" if DEVICE.type == "cuda" else "counted from shapes, not measured"
+    print(f"memory of a step of ViT-B/16, bf16, eager, batch {batch_size} ({how})")
+    with pairs_folder(batch_size) as folder:
+        peaks = {}
+        for method in ("clip", "clip_mae", "maskclip", "slip"):
+            peaks[method], lasting = step_memory(method, batch_size, folder)
+            gc.collect()
+            print(f"  {method:<10} {peaks[method] / 2 ** 30:7.2f} GiB, {lasting / 2 ** 30:.2f} of it lasting; "
+                  f"{peaks[method] / peaks['clip']:.2f} of clip's" + (f" (paper {PAPER[method][1]:.2f})" if method in
+                                                                      PAPER else ""), flush=True)
+
+
+def scaling(batch_size=512, width=512):
+    """Memory of a rank's contrastive loss, forward and back, as ranks grow: the gathered rows are simulated."""
+    def everyone(one, world):
+        return torch.cat([one, *(torch.randn_like(one) for _ in range(world - 1))])
+
+    def ours(image, text, world):
+        with mock.patch.object(losses, "gather", lambda x: everyone(x, world)):
+            return sum(losses.contrastive_loss(image, text, torch.tensor(14.3)))
+
+    def everything(image, text, world):
+        """(W * B, W * B) logits on each rank, as open_clip's ClipLoss without --local-loss."""
+        image, text = (everyone(F.normalize(x, dim=1), world) for x in (image, text))
+        logits, target = 14.3 * image @ text.T, torch.arange(len(image))
+        return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    print(f"contrastive loss of a rank with {batch_size} pairs, forward and back, MiB at most")
+    for loss in (ours, everything):
+        row = []
+        for world in (1, 2, 4, 8):
+            image, text = (torch.randn(batch_size, width, requires_grad=True) for _ in range(2))
+            with Live() as live:
+                loss(image, text, world).backward()
+            row.append(live.peak / 2 ** 20)
+        print(f"  {loss.__name__:<12}" + ", ".join(f"{w} ranks {x:.0f}" for w, x in zip((1, 2, 4, 8), row))
+              + f": from 4 to 8 ranks {row[3] / row[2]:.2f} times")
+
+
+def start():
+    """From the command to the first step of the demo, its world drawn before; the time to import each file."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), "--steps", "1", "--root", folder]
+        subprocess.run([*command, "--out", f"{folder}/first"], check=True, stdout=subprocess.DEVNULL)
+        seconds = []
+        for number in range(3):
+            begin = time.perf_counter()
+            with subprocess.Popen([*command, "--out", f"{folder}/{number}"], stdout=subprocess.PIPE, text=True) as run:
+                next(line for line in run.stdout if line.startswith("step 1/"))
+                seconds.append(time.perf_counter() - begin)
+                run.communicate()
+    print(f"first step of the demo after {np.median(seconds):.1f} s")
+    code = "import time, torch, {0}; a = time.perf_counter(); import {1}; print(time.perf_counter() - a)"
+    for name in ("tokenizer", "data", "model", "losses", "train", "evaluate"):
+        seconds = [float(subprocess.run([sys.executable, "-c", code.format("sys", name)], cwd=ROOT, check=True,
+                                        capture_output=True, text=True).stdout) for _ in range(5)]
+        print(f"  import {name:<10} {np.median(seconds):.3f} s beyond torch")
+
+
+def words(texts=None):
+    """Captions a second of CLIP's tokenizer on one core: a new one, and one that knows the words; and open_clip's."""
+    torch.set_num_threads(1)
+    texts, tok = texts or captions(40_000), tokenizer.Tokenizer.clip()
+    few, rates = texts[:4000], []
+
+    def rate(encode, texts):
+        begin = time.perf_counter()
+        for i in range(0, len(texts), 256):
+            encode(texts[i:i + 256])
+        return len(texts) / (time.perf_counter() - begin)
+    if PEER:
+        import open_clip
+        peer = open_clip.get_tokenizer("ViT-B-16")
+    for _ in range(5):
+        tok.cache.clear()
+        rates.append([rate(tok, texts), rate(tok, texts), rate(peer, few) if PEER else np.nan])
+    new, known, theirs = np.median(rates, 0)
+    print(f"tokenizer, {len(texts):,} captions on one core, captions/s: {new:,.0f}, once it knows their words "
+          f"{known:,.0f}" + (f"; open_clip {theirs:,.0f}: {new / theirs:.1f} and {known / theirs:.1f} times that"
+                             if PEER else "; open_clip not installed"))
+
+
+# ---------------------------------------------------------------- data and evaluation
 
 def rate_of(batches, skip, size):
     """Samples a second of an iterator of batches, the first `skip` left out."""
@@ -81,7 +449,7 @@ def data_box(image, rng):
 
 def our_loader(folder, needs, batch_size=256, workers=1, seed=0, root="."):
     pairs = data.Pairs([str(folder)], root)
-    config = SimpleNamespace(seed=seed, crop_min=0.5, mask="block", mask_ratio=0.75, mlm_ratio=0.2)
+    config = SimpleNamespace(seed=seed, crop_min=0.5, mask="block", mask_ratio=0.75, mlm_ratio=0.2, compile=False)
     shape = SimpleNamespace(image_size=224, grid=14, context_length=77)
     samples = data.Samples(pairs, tokenizer.Tokenizer.clip(), needs, config, shape)
     batches = data.GlobalBatches(data.Order(pairs.sizes, seed), batch_size, 0, len(pairs) // batch_size)
@@ -187,7 +555,7 @@ def order(shards=500_000):
           f"memory grew by {resident() - before:.0f} MiB, to {resident():.0f} with Python and torch")
 
 
-def memory(n=20_000):
+def worker(n=20_000):
     """What a worker process holds after 2,000 and after 20,000 samples of MaskCLIP's batches."""
     rng = np.random.default_rng(0)
     pictures = [jpeg(int(side), 256, rng) for side in rng.integers(200, 400, 16)]
@@ -283,6 +651,39 @@ def recall(images=50_000, texts=1_000_000, width=64):
           + " / ".join(f"{100 * x:.1f}" for x in plain.values()))
 
 
+def in_data():
+    """The data path."""
+    for part in (index, order, worker, loader):
+        part()
+
+
+def evaluation():
+    """Evaluation of pictures, and retrieval."""
+    pictures()
+    recall()
+
+
+BENCHES = dict(steps=steps, parts=parts, memory=memory, scaling=scaling, data=in_data, tokenizer=words, head=head,
+               start=start, evaluation=evaluation, index=index, order=order, worker=worker, loader=loader,
+               pictures=pictures, recall=recall)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all but the last six")
+    parser.add_argument("--data", nargs="+", help="tokenizer: captions of these, as train.py's --data")
+    parser.add_argument("--root", default="data", help="where named data sets lie")
+    given = parser.parse_args()
+    unknown = [name for name in given.names if name not in BENCHES]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(BENCHES)}")
+    for name in given.names or list(BENCHES)[:-6]:
+        if name == "tokenizer" and given.data:
+            words(list(data.Pairs(given.data, given.root).captions(40_000)))
+        else:
+            BENCHES[name]()
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("index", "order", "memory", "loader", "head", "pictures", "recall"):
-        globals()[name]()
+    main()

@@ -730,7 +730,8 @@ def test_a_folder_without_pairs_is_one_sentence(tmp_path, make):
 # ---------------------------------------------------------------- bad pairs while training
 
 def samples_of(pairs, needs=("images", "views", "text", "mask", "mlm"), **changes):
-    config = SimpleNamespace(**dict(seed=0, crop_min=0.7, mask="block", mask_ratio=0.75, mlm_ratio=0.2) | changes)
+    config = SimpleNamespace(**dict(seed=0, crop_min=0.7, mask="block", mask_ratio=0.75, mlm_ratio=0.2,
+                                    compile=False) | changes)
     shape = SimpleNamespace(image_size=32, grid=4, context_length=12)
     tokenizer = Tokenizer.train(["a red star above a blue ring"] * 2, 540)
     return data.Samples(pairs, tokenizer, needs, config, shape)
@@ -1132,6 +1133,21 @@ def test_yfcc_cleans_captions_as_slip(yfcc100m, run):
     assert "cut.bz2 is cut off" in run("yfcc", folder / "cut.bz2", folder / "dataset.txt", "--out", folder / "no.tsv",
                                        rc=1)
     assert not (folder / "no.tsv").exists()
+
+
+@pytest.mark.parametrize("caption,length", [("a", 8), ("a red star", 8), ("a red star above a blue ring and a", 12)])
+def test_compiled_blocks_see_few_lengths_of_text(caption, length):
+    """Multiples of 8, or the context length (12); the rest of a batch is that of the shorter text."""
+    def batch(**changes):
+        samples = samples_of([], needs=("text", "mlm"), **changes)
+        return samples.tokenizer, samples.collate([dict(caption=caption, bad=[], rng=np.random.default_rng(0))] * 3)
+    (tok, longer), (_, plain) = batch(compile=True), batch()
+    end = (plain["tokens"] == tok.eot).nonzero()[0, 1] + 1
+    assert longer["tokens"].shape == (3, length) and plain["tokens"].size(1) == end
+    for name in ("tokens", "mlm_tokens"):
+        assert torch.equal(longer[name][:, :end], plain[name]) and not longer[name][:, end:].any()
+    assert torch.equal(longer["tokens"].flatten()[longer["mlm_ids"]], longer["mlm_targets"])
+    assert torch.equal(longer["mlm_targets"], plain["mlm_targets"])
 
 
 def test_stats_counts_tokens_and_sizes(tmp_path, capsys, monkeypatch):

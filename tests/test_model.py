@@ -1,10 +1,12 @@
 """Towers, masks, the six methods, the teacher; timm's ViT with the same weights (peers)."""
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
 from model import METHODS, PRESETS, Teacher, build, ema_update
@@ -54,6 +56,51 @@ def test_each_view_has_its_own_z():
     for name, view in (("z1", batch["views"][:, 0]), ("z2", batch["views"][:, 1])):
         assert torch.allclose(out[name], model.ssl_head(model.visual(view)[:, 0]), atol=1e-5)
     assert not torch.allclose(out["z1"], out["z2"], atol=0.1)
+
+
+def shaken(model):
+    """Norms and biases too, so that no order of operations looks like another."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+@pytest.mark.parametrize("rows", [slice(1), slice(1, None), slice(2, 5)])
+def test_rows_of_the_last_block_are_those_of_the_whole(rows):
+    model, batch = shaken(build(replace(SMALL, method="maskclip"))), batch_of(SMALL)
+
+    def both(compute):
+        model.zero_grad()
+        x = compute()
+        x.square().sum().backward()
+        return [x.detach(), *(p.grad.clone() for p in model.visual.parameters())]
+    for inputs in ((batch["images"],), (batch["images"], batch["ids_keep"])):
+        some = both(partial(model.visual, *inputs, rows=rows))
+        whole = both(lambda inputs=inputs: model.visual(*inputs)[:, rows])
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(some, whole, strict=True))
+    decoder, keep, hide = model.image_decoder, batch["ids_keep"], batch["ids_hide"]
+    f = model.visual(batch["images"], keep)
+    x = torch.cat([f, decoder.mask_token.expand(3, 12, -1)], 1) + decoder.pos_embed[
+        torch.cat([torch.zeros(3, 1).long(), 1 + keep, 1 + hide], 1)]
+    assert torch.allclose(decoder(f, keep, hide), decoder.norm(decoder.blocks(x))[:, 5:], atol=1e-5)
+
+
+def test_the_last_block_computes_no_rows_that_are_not_read():
+    model, batch = build(replace(SMALL, method="maskclip")), batch_of(SMALL)
+
+    def flops(compute):
+        with FlopCounterMode(display=False) as counter:
+            compute()
+        return counter.get_total_flops()
+    token = 2 * 9 * 32 ** 2 * 3  # projection and MLP of a token in each of 3 pictures; attention itself is not counted
+    images, f = batch["images"], model.visual(batch["images"], batch["ids_keep"])
+    assert flops(lambda: model.visual(images)) - flops(lambda: model.visual(images, rows=slice(1))) == 16 * token
+    projection = 2 * 32 * 16 * 3
+    assert flops(lambda: model.encode_image(images)) - projection == flops(lambda: model.visual(images, rows=slice(1)))
+    full = replace(SMALL, depth=1)  # a block over all 17 tokens of the decoder, with nothing before it
+    assert flops(lambda: models.ViT(full).blocks(torch.zeros(3, 17, 32))) - flops(
+        lambda: model.image_decoder(f, batch["ids_keep"], batch["ids_hide"])) == 5 * token
 
 
 def test_unknown_method_and_patch_size_are_refused():

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from bench import Live
 from test_model import SMALL, batch_of
 
 import data
@@ -113,7 +114,7 @@ def gradients(method, count, **changes):
                   views=torch.randint(256, (8, 2, 32, 32, 3), generator=g, dtype=torch.uint8))
     batch["mlm_ids"] = torch.tensor([1, 3, 9, 16, 23, 24, 37])  # two words, one, one, two, none, one, none, none
     batch["mlm_targets"] = batch["tokens"].flatten()[batch["mlm_ids"]]
-    terms, features, means = step.gradients(batch, count)
+    terms, features, means = step.gradients(train.split(batch, count))
     return {name: p.grad for name, p in model.named_parameters()}, terms, features, means
 
 
@@ -132,6 +133,42 @@ def test_a_step_in_parts_equals_the_whole(method, count):
     if method == "maskclip":
         assert parts[3].shape == (count, SMALL.codewords)
         assert torch.allclose(whole[3][0], parts[3].mean(0), atol=1e-5)
+
+
+def test_the_bytes_that_live_are_counted():
+    with Live() as live:
+        x = torch.ones(1000) + 1        # 8,000 bytes while it is made
+        y = x.view(10, 100)
+        del x
+        assert (live.now, live.peak) == (4000, 8000)
+        del y
+        assert (live.now, live.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("method,others,share", [("clip", (), 1.0), ("clip_mae", ("masked",), 0.75),
+                                                 ("maskclip", ("masked",), 0.75), ("slip", ("views",), 0.75)])
+def test_no_pass_holds_its_activations_while_another_one_goes(method, others, share):
+    """A step's peak, against that of one graph of all passes."""
+    config = replace(models.PRESETS["tiny"], method=method, depth=6, vocab_size=600)
+    model, batch = models.build(config), batch_of(config, n=16, hidden=48)
+    teacher = models.Teacher(model) if method == "maskclip" else None
+    step = train.Step(model, model, teacher, torch.autocast("cpu", enabled=False), lambda terms: sum(terms.values()))
+    batch |= {name: torch.zeros(*batch[name].movedim(-3, -1).shape, dtype=torch.uint8) for name in ("images", "views")}
+    assert model.passes == (*others, "pairs")
+
+    def peak(compute):
+        with Live() as live:
+            compute()
+        model.zero_grad()
+        return live.peak
+
+    def at_once():
+        inputs = batch | {name: data.normalize(batch[name]) for name in ("images", "views")}
+        out, logits = model(inputs), step.targets(inputs)
+        terms = train.joint_terms(out) | train.masked_terms(out, inputs, logits, step.center, 8, {})
+        sum(terms.values()).backward()
+    at_once()
+    assert peak(lambda: step.gradients([batch])) <= share * peak(at_once) + 2 ** 20
 
 
 def test_parts_of_a_batch_hold_their_own_masked_words():
@@ -342,6 +379,24 @@ def test_compiled_blocks_train_alike(shards, tmp_path):
     assert run.returncode == 0 and "recompile_limit" not in err, err
     for a, b in zip(losses_of(tmp_path / "eager"), losses_of(tmp_path / "compiled"), strict=True):
         assert all(a[term] == pytest.approx(b[term], rel=1e-4) for term in ("image", "text", "distill", "mlm"))
+
+
+def test_evaluation_compiles_nothing(shards, tmp_path, monkeypatch):
+    """Its shapes are others than training's, and many."""
+    compiled, x = [], torch.zeros(2, 5, 128)
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+    (tmp_path / "train").symlink_to(shards)
+    (tmp_path / "classes").mkdir()
+    opened = train.open_run(small(tmp_path / "train", tmp_path / "run"), train.join(1))
+    block = opened.model.visual.blocks[0]
+    block.compile(dynamic=False, backend=backend)
+    monkeypatch.setattr(evaluate, "EVALUATIONS", dict(zeroshot=("classes", lambda *_: block(x.repeat(1, 2, 1)).shape)))
+    assert train.evaluations(opened, ["zeroshot"]) == dict(zeroshot=(2, 10, 128)) and not compiled
+    block(x)
+    assert len(compiled) == 1
 
 
 def test_a_line_of_the_log(shards, tmp_path):
