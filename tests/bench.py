@@ -219,6 +219,7 @@ def name_of_device():
 
 def parts():
     """What single changes to the step are worth: each as it is, over what stood there before or might stand there."""
+    train.keep_memory()
     size = 256 if DEVICE.type == "cuda" else 8
     amp = torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
     config = replace(models.PRESETS["vit_b16"], method="maskclip")
