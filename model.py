@@ -82,7 +82,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, causal=False, key_mask=None, rows=slice(None)):
-        """x (B, L, D) -> (B, L, D), or of `rows` of L alone.  key_mask (B, L) bool, True = may be looked at."""
+        """x (B, L, D) -> (B, L, D), or of `rows` of L alone.  key_mask (B, L) bool, True = may be looked at.
+
+        Where causal, rows must begin with the first.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B, heads, L, D/heads)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         x = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask, is_causal=causal)

@@ -329,6 +329,7 @@ class Step:
         """
         parameters, ones = sum(p.numel() for p in self.model.parameters()), torch.ones((), device=self.device)
         spare = 3 * 4 * parameters + torch.cuda.get_device_properties(self.device).total_memory // 10
+        spare += 2 * sum(x.nbytes for x in batch.values())  # this batch and the next, on its way
 
         def rehearse(count):
             held = torch.empty(spare, dtype=torch.uint8, device=self.device)
@@ -775,8 +776,9 @@ def open_run(config, place):
         if isinstance(module, models.Block):
             module.recompute = config.grad_checkpointing
             if config.compile:
-                # Towers, decoders, masks, gradients and ten lengths of text (data.Samples.collate) share one code.
-                torch._dynamo.config.recompile_limit = 64
+                # Towers, decoders, masks, gradients, ten lengths of text (data.Samples.collate), and the sizes that
+                # Step.largest_part tries, share one code.
+                torch._dynamo.config.recompile_limit = 256
                 module.compile(dynamic=False)
     if place.rank == 0:
         check_space(config, model, teacher)

@@ -135,16 +135,23 @@ def opened(folder, method, batch_size, mode=None, **given):
     return run, {name: x.pin_memory() if DEVICE.type == "cuda" else x for name, x in batch.items()}
 
 
-def stepper(run, batch, length=None):
-    """One step of the training loop as a function without arguments; captions padded to `length`."""
-    if length:
-        batch = batch | dict(tokens=F.pad(batch["tokens"], (0, length - batch["tokens"].size(1))))
+def stepper(run, batch):
+    """One step of the training loop as a function without arguments."""
     step, count, _ = train.make_step(run, iter(()))
     return lambda: train.advance(run, step, step.sent(train.split(batch, count)))
 
 
+def padded(batch, length=77):
+    """The batch with its captions padded, as open_clip and SLIP do it."""
+    old = batch["tokens"].size(1)
+    longer = {name: F.pad(batch[name], (0, length - old)) for name in ("tokens", "mlm_tokens") if name in batch}
+    if "mlm_ids" in batch:
+        longer["mlm_ids"] = batch["mlm_ids"] // old * length + batch["mlm_ids"] % old
+    return batch | {name: x.pin_memory() if DEVICE.type == "cuda" else x for name, x in longer.items()}
+
+
 def open_clip_stepper(batch, amp, compiled):
-    """One step of open_clip 3.3's training loop, ViT-B-16, on the same batch, as its --local-loss-less one GPU run."""
+    """One step of open_clip 3.3's training loop on the same batch, ViT-B-16, with its optimiser's settings."""
     import open_clip
     model = open_clip.create_model("ViT-B-16", output_dict=True).to(DEVICE).train()
     loss, run = open_clip.ClipLoss(), torch.compile(model) if compiled else model
@@ -175,7 +182,7 @@ def product_rate(size, dtype):
 
 
 def flops(step):
-    """Counted floating-point operations of one call, forward and backward."""
+    """Counted floating-point operations of one call, forward and backward; on the CPU without the attention's own."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
@@ -183,30 +190,32 @@ def flops(step):
 
 
 def steps():
-    """ViT-B/16 training steps of all methods, and open_clip's, in turn."""
+    """ViT-B/16 training steps of all methods, with captions as long as they are and padded to 77, and open_clip's."""
     cuda = DEVICE.type == "cuda"
+    rate = product_rate(8192 if cuda else 2048, torch.bfloat16 if cuda else torch.float32)
     for compiled, batch_size, methods in ((False, 512 if cuda else 8, ("clip", "clip_mae", "maskclip", "slip")),
                                           (True, 1024 if cuda else 8, ("clip", "maskclip"))):
         with pairs_folder(batch_size) as folder:
             functions = {}
             for method in methods:
                 run, batch = opened(folder, method, batch_size, compile=compiled)
-                functions[method] = stepper(run, batch)
-                if method == "clip":
-                    functions["clip, captions padded to 77"] = stepper(run, batch, 77)
-                    if PEER:
-                        functions["open_clip"] = open_clip_stepper(batch, run.amp, compiled)
+                functions[method], functions[f"{method}, 77"] = stepper(run, batch), stepper(run, padded(batch))
+                if method == "clip" and PEER:
+                    functions["open_clip, 77"] = open_clip_stepper(batch, run.amp, compiled)
             seconds = timed(functions)
-            length = batch["tokens"].size(1)
-            print(f"steps of ViT-B/16 on {name_of_device()}, {'bf16' if cuda else 'fp32'}, batch {batch_size}, longest "
-                  f"caption {length} tokens, {'compiled' if compiled else 'eager'}")
-            rate = product_rate(8192 if cuda else 2048, torch.bfloat16 if cuda else torch.float32)
+            print(f"steps of ViT-B/16 on {name_of_device()}, {'bf16' if cuda else 'fp32'}, batch {batch_size}, "
+                  f"{'compiled' if compiled else 'eager'}, captions of at most {batch['tokens'].size(1)} tokens, or 77")
             for name, x in seconds.items():
-                used = "" if name == "open_clip" else f"; {flops(functions[name]) / x / rate:.0%} of a matrix product"
-                print(f"  {name:<28} {batch_size / x:8.2f} pictures/s, time {x / seconds['clip']:.2f} of clip's, "
-                      f"{x / seconds['clip, captions padded to 77']:.2f} of padded clip's"
-                      + (f" (paper {PAPER[name][0]:.2f})" if name in PAPER else "")
-                      + (f", {x / seconds['open_clip']:.2f} of open_clip's" if PEER else "") + used, flush=True)
+                method, _, length = name.partition(", ")
+                line = f"  {name:<14} {batch_size / x:8.2f} pictures/s; time over "
+                if method != "open_clip":
+                    line += f"clip's of that length {x / seconds[name.replace(method, 'clip')]:.2f}"
+                    line += f" (paper {PAPER[method][0]:.2f})" if method in PAPER and length else ""
+                    line += f", over open_clip's {x / seconds['open_clip, 77']:.2f}" if PEER else ""
+                    line += f"; {flops(functions[name]) / x / rate:.0%} of a matrix product's FLOP/s"
+                else:
+                    line += f"clip's {x / seconds['clip']:.2f}, of that length {x / seconds['clip, 77']:.2f}"
+                print(line, flush=True)
             functions = run = None
             gc.collect()
 
@@ -260,7 +269,7 @@ def parts():
             teacher.visual(images)
     compared = {
         "last block for the class token alone, over all tokens": (
-            backward(lambda: block(x, rows=slice(1))), backward(lambda: block(x))),
+            backward(lambda: block(x, rows=slice(1))), backward(lambda: block(x)[:, :1])),
         "distillation loss by rows with its gradient, over plain autograd": (
             backward(lambda: losses.distillation_loss(student, target, center)), backward(plain_distillation)),
         "patch embedding as a convolution, over a matrix product": (
@@ -301,7 +310,7 @@ class Live(TorchDispatchMode):
 
 
 def step_memory(method, batch_size, folder):
-    """-> peak bytes of a step after the first, bytes of weights and what stays with them (moments, teacher)
+    """-> peak bytes of a step after the first, bytes that stand before it: weights, gradients, moments, teacher
 
     On CUDA they are measured.  Elsewhere the step runs with tensors that have shapes and types but no numbers, under
     the CPU's bf16 autocast, and the bytes of those that live are counted: what a caching allocator rounds up, and the
@@ -391,9 +400,9 @@ def start():
                 seconds.append(time.perf_counter() - begin)
                 run.communicate()
     print(f"first step of the demo after {np.median(seconds):.1f} s")
-    code = "import time, torch, {0}; a = time.perf_counter(); import {1}; print(time.perf_counter() - a)"
+    code = "import time, torch; a = time.perf_counter(); import {}; print(time.perf_counter() - a)"
     for name in ("tokenizer", "data", "model", "losses", "train", "evaluate"):
-        seconds = [float(subprocess.run([sys.executable, "-c", code.format("sys", name)], cwd=ROOT, check=True,
+        seconds = [float(subprocess.run([sys.executable, "-c", code.format(name)], cwd=ROOT, check=True,
                                         capture_output=True, text=True).stdout) for _ in range(5)]
         print(f"  import {name:<10} {np.median(seconds):.3f} s beyond torch")
 
@@ -680,10 +689,13 @@ def main():
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(BENCHES)}")
     for name in given.names or list(BENCHES)[:-6]:
+        bench = BENCHES[name]
         if name == "tokenizer" and given.data:
-            words(list(data.Pairs(given.data, given.root).captions(40_000)))
-        else:
-            BENCHES[name]()
+            bench = functools.partial(words, list(data.Pairs(given.data, given.root).captions(40_000)))
+        try:
+            bench()
+        except FileNotFoundError as error:  # no vocabulary of CLIP's on a machine without network
+            print(f"{name}: not run: {error}")
 
 
 if __name__ == "__main__":
