@@ -7,7 +7,6 @@ W ranks, K codewords, R rows; e_I, e_T unit feature vectors; sigma the learned t
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 def _world():
@@ -118,35 +117,9 @@ def distillation_loss(student_logits, teacher_logits, center, student_temp=0.1, 
 
     student_logits, teacher_logits (R, K) of the hidden patches, center (K,) -> (); no gradient reaches the teacher
     """
-    rows = _SoftCrossEntropy.apply(student_logits, teacher_logits, center, student_temp, teacher_temp)   # (R,)
+    target = ((teacher_logits.detach().float() - center) / teacher_temp).softmax(-1)
+    rows = -(target * (student_logits.float() / student_temp).log_softmax(-1)).sum(-1)   # (R,)
     return _global_mean(rows, torch.ones_like(rows), total)
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """-p . log q of each row, p = softmax((teacher - center) / teacher_temp), q = softmax(student / student_temp).
-
-    The gradient, (q - p) / student_temp, is made in the forward pass, some rows at a time: nothing of (R, K), which is
-    gigabytes, is held in float32, and less passes through the memory.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, center, student_temp, teacher_temp):
-        gradient, rows = torch.empty_like(student), []
-        # Our choice: pieces that a CPU's caches hold, or that a GPU takes longer for than the host to ask for the next.
-        few = max(1, (2 ** 24 if student.is_cuda else 2 ** 18) // student.size(1))
-        for s, t, d in zip(student.split(few), teacher.split(few), gradient.split(few)):
-            p = ((t.float() - center) / teacher_temp).softmax(-1)
-            log_q = (s.float() / student_temp).log_softmax(-1)
-            rows.append(-torch.linalg.vecdot(p, log_q))
-            d.copy_((log_q.exp_() - p) / student_temp)
-        ctx.save_for_backward(gradient)
-        return torch.cat(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, of_rows):
-        gradient, = ctx.saved_tensors
-        return torch.mul(gradient, of_rows[:, None], out=torch.empty_like(gradient)), None, None, None, None
 
 
 @torch.no_grad()

@@ -47,12 +47,11 @@ PAPER = dict(slip=(2.67, 30 / 14), clip_mae=(1.30, 16 / 14), maskclip=(1.75, 19 
 
 
 def captions(n, seed=0):
-    """Captions of CC3M's lengths (10.3 words, deviation 4.5; Sharma et al. 2018); words of this repository, Zipf."""
+    """Captions of CC3M's lengths (10.3 words, deviation 4.5; Sharma et al. 2018); words of prompts.json, Zipf."""
     rng = np.random.default_rng(seed)
-    text = " ".join(path.read_text() for path in (ROOT / "prompts.json", ROOT / "README.md", Path(data.__file__)))
-    words = rng.permutation(sorted(set(re.findall("[A-Za-z]{2,}", text))))
-    chances = 1 / np.arange(1, len(words) + 1)
     lengths = rng.gamma((10.3 / 4.5) ** 2, 4.5 ** 2 / 10.3, n).round().clip(1).astype(int)
+    words = rng.permutation(sorted(set(re.findall("[A-Za-z]{2,}", (ROOT / "prompts.json").read_text()))))
+    chances = 1 / np.arange(1, len(words) + 1)
     drawn = rng.choice(words, lengths.sum(), p=chances / chances.sum()).tolist()
     ends = np.cumsum(lengths).tolist()
     return [" ".join(drawn[start:end]) for start, end in zip([0, *ends], ends)]
@@ -255,9 +254,22 @@ def parts():
             for a, b in zip(teacher.visual.parameters(), model.visual.parameters()):
                 a.mul_(0.999).add_(b, alpha=0.001)
 
-    def plain_distillation():
-        p = ((target.float() - center) / 0.04).softmax(-1)
-        return -(p * (student.float() / 0.1).log_softmax(-1)).sum(-1).mean()
+    class ByRows(torch.autograd.Function):
+        """The distillation loss, its gradient made in the forward pass by some rows at a time: no (R, K) in float32."""
+
+        @staticmethod
+        def forward(ctx, s, t):
+            ctx.gradient, rows = torch.empty_like(s), []
+            few = max(1, (2 ** 24 if s.is_cuda else 2 ** 18) // s.size(1))
+            for some, of_teacher, gradient in zip(s.split(few), t.split(few), ctx.gradient.split(few)):
+                p, log_q = ((of_teacher - center) / 0.04).softmax(-1), (some.float() / 0.1).log_softmax(-1)
+                rows.append(-torch.linalg.vecdot(p, log_q))
+                gradient.copy_((log_q.exp_() - p) / 0.1)
+            return torch.cat(rows)
+
+        @staticmethod
+        def backward(ctx, of_rows):
+            return torch.mul(ctx.gradient, of_rows[:, None], out=ctx.gradient), None
 
     def product():
         p = images.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -270,8 +282,9 @@ def parts():
     compared = {
         "last block for the class token alone, over all tokens": (
             backward(lambda: block(x, rows=slice(1))), backward(lambda: block(x)[:, :1])),
-        "distillation loss by rows with its gradient, over plain autograd": (
-            backward(lambda: losses.distillation_loss(student, target, center)), backward(plain_distillation)),
+        "distillation loss by autograd, over its gradient made by rows": (
+            backward(lambda: losses.distillation_loss(student, target, center)),
+            backward(lambda: ByRows.apply(student, target))),
         "patch embedding as a convolution, over a matrix product": (
             backward(lambda: model.visual.patch_embed(images)), backward(product)),
         "teacher without gradient, over inference mode": (
