@@ -259,26 +259,24 @@ class Step:
             run = self.student if name == self.model.passes[-1] else self.model
             if name == "masked":
                 of_parts, means = zip(*(self.masked(run, part, totals) for part in parts))
-                of_pass = {term: sum(of_part[term] for of_part in of_parts) for term in of_parts[0]}
+                of_pass = {key: sum(of_part[key] for of_part in of_parts) for key in of_parts[0]}
                 means = torch.cat(means) if self.teacher else None
             else:
                 of_pass, out = self.cached(name, parts) if len(parts) > 1 else self.whole(run, name, *parts)
                 features |= {key: out[key].detach() for key in ("image", "text") if key in out}
-            terms = of_pass | terms
+            terms = {key: term.detach() for key, term in of_pass.items()} | terms
         if len(parts) > 1:
             average_gradients(self.model)
         return terms, features, means
 
     def masked(self, run, part, totals):
         """The masked pass through one part, forward and back.  -> terms, the teacher's mean logits (1, K) or None"""
-        part, mean = normalized(part, "images"), None
+        part = normalized(part, "images")
         with self.amp:
             logits, out = self.targets(part), run(part, ("masked",))
         terms = masked_terms(out, part, logits, self.center, self.patch_size, totals)
         self.loss(terms).backward()
-        if self.teacher:
-            mean = logits.mean(0, keepdim=True, dtype=torch.float32)
-        return {name: term.detach() for name, term in terms.items()}, mean
+        return terms, logits.mean(0, keepdim=True, dtype=torch.float32) if self.teacher else None
 
     def targets(self, batch):
         """The teacher's logits (B * M, K), None without a teacher."""
@@ -290,7 +288,7 @@ class Step:
             out = run(normalized(batch, name), (name,))
         terms = joint_terms(out)
         self.loss(terms).backward()
-        return {name: term.detach() for name, term in terms.items()}, out
+        return terms, out
 
     def cached(self, name, parts):
         """The same in parts, where the whole does not fit: GradCache (Gao et al. 2021).  Equal but for rounding.
@@ -308,7 +306,7 @@ class Step:
         self.loss(terms).backward()
         for part, *gradients in zip(parts, *(x.grad.chunk(len(parts)) for x in features.values())):
             torch.autograd.backward(list(self.features(name, part).values()), gradients)
-        return {name: term.detach() for name, term in terms.items()}, out
+        return terms, out
 
     def features(self, name, part):
         """What a pass computes of each pair by itself."""
@@ -431,7 +429,7 @@ def join(minutes):
 
 
 def keep_memory():
-    """Let malloc keep what is freed: large tensors taken anew from the system, page by page, cost a CPU 5 to 10 %."""
+    """Let malloc keep what is freed: large tensors taken anew from the system, page by page, cost up to a tenth."""
     with contextlib.suppress(AttributeError):  # a C library other than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)              # M_MMAP_MAX: nothing from mmap, which gives back at once
