@@ -46,7 +46,7 @@ def words(text):
     """CLIP's cleaning of a str (mojibake, HTML entities, lower case, white space) -> list of words."""
     # In printable ASCII without "&" there is nothing that ftfy or html.unescape would change.
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy  # here, for it takes 0.1 s
+        import ftfy  # here, for it takes 0.03 s of every start
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return text.lower().split()
 

@@ -255,25 +255,26 @@ class Step:
         terms, features, means = {}, {}, None
         totals = self.totals(parts) if len(parts) > 1 else {}
         for name in self.model.passes:
-            # DDP averages when the last pass goes back: what the others left in .grad, too (find_unused_parameters).
-            run = self.student if name == self.model.passes[-1] else self.model
+            # DDP averages when the last pass goes back.  What only the others left in .grad it averages too: its hooks
+            # note each parameter that had a gradient, though it is not asked (find_unused_parameters).
+            module = self.student if name == self.model.passes[-1] else self.model
             if name == "masked":
-                of_parts, means = zip(*(self.masked(run, part, totals) for part in parts))
+                of_parts, means = zip(*(self.masked(module, part, totals) for part in parts))
                 of_pass = {key: sum(of_part[key] for of_part in of_parts) for key in of_parts[0]}
                 means = torch.cat(means) if self.teacher else None
             else:
-                of_pass, out = self.cached(name, parts) if len(parts) > 1 else self.whole(run, name, *parts)
+                of_pass, out = self.cached(name, parts) if len(parts) > 1 else self.whole(module, name, *parts)
                 features |= {key: out[key].detach() for key in ("image", "text") if key in out}
-            terms = {key: term.detach() for key, term in of_pass.items()} | terms
+            terms = {key: term.detach() for key, term in of_pass.items()} | terms  # CLIP's come first in the log
         if len(parts) > 1:
             average_gradients(self.model)
         return terms, features, means
 
-    def masked(self, run, part, totals):
+    def masked(self, module, part, totals):
         """The masked pass through one part, forward and back.  -> terms, the teacher's mean logits (1, K) or None"""
         part = normalized(part, "images")
         with self.amp:
-            logits, out = self.targets(part), run(part, ("masked",))
+            logits, out = self.targets(part), module(part, ("masked",))
         terms = masked_terms(out, part, logits, self.center, self.patch_size, totals)
         self.loss(terms).backward()
         return terms, logits.mean(0, keepdim=True, dtype=torch.float32) if self.teacher else None
@@ -282,10 +283,10 @@ class Step:
         """The teacher's logits (B * M, K), None without a teacher."""
         return self.teacher(batch["images"], batch["ids_hide"]).flatten(0, 1) if self.teacher else None
 
-    def whole(self, run, name, batch):
+    def whole(self, module, name, batch):
         """A pass that compares pairs, forward and back.  -> terms, what forward gave"""
         with self.amp:
-            out = run(normalized(batch, name), (name,))
+            out = module(normalized(batch, name), (name,))
         terms = joint_terms(out)
         self.loss(terms).backward()
         return terms, out

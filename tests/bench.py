@@ -1,4 +1,6 @@
-"""Benchmarks: each compares things in one run and prints ratios; no network.  No test depends on them.
+"""Benchmarks: each compares things in one run and prints ratios.
+
+Without open_clip and network `tokenizer` and `head` need $CLIP_VOCAB.  tests/test_train.py takes Live from here.
 
     python tests/bench.py                                               all
     python tests/bench.py [steps|parts|memory|scaling|data|tokenizer|head|start|evaluation] ...
@@ -242,8 +244,9 @@ def parts():
         p.grad = torch.randn_like(p)
     fused, foreach = (torch.optim.AdamW(model.parameters(), 1e-4, **{how: True}) for how in ("fused", "foreach"))
 
-    def backward(function):
+    def backward(function, amp=amp):
         def both():
+            x.grad = student.grad = None
             with amp:
                 y = function()
             y.float().mean().backward()
@@ -262,7 +265,7 @@ def parts():
             ctx.gradient, rows = torch.empty_like(s), []
             few = max(1, (2 ** 24 if s.is_cuda else 2 ** 18) // s.size(1))
             for some, of_teacher, gradient in zip(s.split(few), t.split(few), ctx.gradient.split(few)):
-                p, log_q = ((of_teacher - center) / 0.04).softmax(-1), (some.float() / 0.1).log_softmax(-1)
+                p, log_q = ((of_teacher.float() - center) / 0.04).softmax(-1), (some.float() / 0.1).log_softmax(-1)
                 rows.append(-torch.linalg.vecdot(p, log_q))
                 gradient.copy_((log_q.exp_() - p) / 0.1)
             return torch.cat(rows)
@@ -283,8 +286,8 @@ def parts():
         "last block for the class token alone, over all tokens": (
             backward(lambda: block(x, rows=slice(1))), backward(lambda: block(x)[:, :1])),
         "distillation loss by autograd, over its gradient made by rows": (
-            backward(lambda: losses.distillation_loss(student, target, center)),
-            backward(lambda: ByRows.apply(student, target))),
+            backward(lambda: losses.distillation_loss(student, target, center), contextlib.nullcontext()),
+            backward(lambda: ByRows.apply(student, target), contextlib.nullcontext())),
         "patch embedding as a convolution, over a matrix product": (
             backward(lambda: model.visual.patch_embed(images)), backward(product)),
         "teacher without gradient, over inference mode": (
@@ -404,11 +407,12 @@ def start():
     """From the command to the first step of the demo, its world drawn before; the time to import each file."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), "--steps", "1", "--root", folder]
-        subprocess.run([*command, "--out", f"{folder}/first"], check=True, stdout=subprocess.DEVNULL)
+        quiet = dict(stderr=subprocess.DEVNULL, text=True)  # no terminal: lines instead of a bar
+        subprocess.run([*command, "--out", f"{folder}/first"], check=True, stdout=subprocess.DEVNULL, **quiet)
         seconds = []
         for number in range(3):
             begin = time.perf_counter()
-            with subprocess.Popen([*command, "--out", f"{folder}/{number}"], stdout=subprocess.PIPE, text=True) as run:
+            with subprocess.Popen([*command, "--out", f"{folder}/{number}"], stdout=subprocess.PIPE, **quiet) as run:
                 next(line for line in run.stdout if line.startswith("step 1/"))
                 seconds.append(time.perf_counter() - begin)
                 run.communicate()
@@ -474,7 +478,7 @@ def our_loader(folder, needs, batch_size=256, workers=1, seed=0, root="."):
     pairs = data.Pairs([str(folder)], root)
     config = SimpleNamespace(seed=seed, crop_min=0.5, mask="block", mask_ratio=0.75, mlm_ratio=0.2, compile=False)
     shape = SimpleNamespace(image_size=224, grid=14, context_length=77)
-    samples = data.Samples(pairs, tokenizer.Tokenizer.clip(), needs, config, shape)
+    samples = data.Samples(pairs, filled_tokenizer(), needs, config, shape)
     batches = data.GlobalBatches(data.Order(pairs.sizes, seed), batch_size, 0, len(pairs) // batch_size)
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate, num_workers=workers)
 
@@ -580,6 +584,7 @@ def order(shards=500_000):
 
 def worker(n=20_000):
     """What a worker process holds after 2,000 and after 20,000 samples of MaskCLIP's batches."""
+    train.keep_memory()  # as a training run, whose workers have it too
     rng = np.random.default_rng(0)
     pictures = [jpeg(int(side), 256, rng) for side in rng.integers(200, 400, 16)]
     with tempfile.TemporaryDirectory() as folder:
@@ -701,14 +706,15 @@ def main():
     unknown = [name for name in given.names if name not in BENCHES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(BENCHES)}")
-    for name in given.names or list(BENCHES)[:-6]:
-        bench = BENCHES[name]
-        if name == "tokenizer" and given.data:
-            bench = functools.partial(words, list(data.Pairs(given.data, given.root).captions(40_000)))
-        try:
-            bench()
-        except FileNotFoundError as error:  # no vocabulary of CLIP's on a machine without network
-            print(f"{name}: not run: {error}")
+    names = given.names or list(BENCHES)[:-6]
+    for name in names:
+        if len(names) > 1:  # each in a process of its own: threads, memory and its peak are those of one alone
+            of_data = ["--root", given.root, *(["--data", *given.data] if given.data else [])]
+            subprocess.run([sys.executable, __file__, name, *of_data], check=False)
+        elif name == "tokenizer" and given.data:
+            words(list(data.Pairs(given.data, given.root).captions(40_000)))
+        else:
+            BENCHES[name]()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_round_trip(tok):
 
 
 def test_importing_takes_no_ftfy():
-    """A tenth of a second that clean captions do not need."""
+    """Clean captions do not need it, and each start would wait for it."""
     code = "import sys, train; print('ftfy' in sys.modules, train.data.Tokenizer.train(['a'], 515).encode('café'))"
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert run.stdout.startswith("False [") and run.returncode == 0

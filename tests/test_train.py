@@ -1,12 +1,12 @@
 """The loop: recipes, schedules, resume, two ranks, signals, and what a user may give it that is wrong."""
 import ctypes
+import gc
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -130,9 +130,9 @@ def gradients(method, count, rank=0, world=1):
     return {name: p.grad for name, p in model.named_parameters()}, terms, features, means
 
 
-def process(rank, port, folder):
+def process(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save({(method, count): gradients(method, count, rank, 2)[0] for method in models.METHODS for count in (1, 2)},
                f"{folder}/{rank}.pt")
     dist.barrier()
@@ -141,10 +141,7 @@ def process(rank, port, folder):
 
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
     """Under DDP, and in parts; each pass goes back by itself, and DDP sees the last one alone."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for method in models.METHODS:
         for name, expected in gradients(method, 1)[0].items():
@@ -418,7 +415,7 @@ def test_compiled_blocks_train_alike(shards, tmp_path):
 
 def test_evaluation_compiles_nothing(shards, tmp_path, monkeypatch):
     """Its shapes are others than training's, and many."""
-    compiled, x = [], torch.zeros(2, 5, 128)
+    compiled = []
 
     def backend(graph, _):
         compiled.append(graph)
@@ -426,7 +423,7 @@ def test_evaluation_compiles_nothing(shards, tmp_path, monkeypatch):
     (tmp_path / "train").symlink_to(shards)
     (tmp_path / "classes").mkdir()
     opened = train.open_run(small(tmp_path / "train", tmp_path / "run"), train.join(1))
-    block = opened.model.visual.blocks[0]
+    block, x = opened.model.visual.blocks[0], torch.zeros(2, 5, 128, device=opened.place.device)
     block.compile(dynamic=False, backend=backend)
     monkeypatch.setattr(evaluate, "EVALUATIONS", dict(zeroshot=("classes", lambda *_: block(x.repeat(1, 2, 1)).shape)))
     assert train.evaluations(opened, ["zeroshot"]) == dict(zeroshot=(2, 10, 128)) and not compiled
@@ -438,7 +435,7 @@ def test_memory_that_is_freed_is_kept_for_the_next_tensor():
     """Pages of 4 KiB that the system hands out for 80 MB, again and again, once they were there."""
     code = """if True:
         import resource, sys, torch, train
-        train.join(1)
+        train.keep_memory()
         def faults(n):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(n):
@@ -719,6 +716,7 @@ def test_a_share_that_does_not_fit_is_taken_in_parts_on_cuda(shards, tmp_path, c
     peak = torch.cuda.max_memory_allocated()
     total = torch.cuda.get_device_properties(0).total_memory
     try:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((0.5 * peak + total // 10) / total)
         train.run(small(shards, tmp_path / "parts", **given))
@@ -730,8 +728,9 @@ def test_a_share_that_does_not_fit_is_taken_in_parts_on_cuda(shards, tmp_path, c
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", [8, 4])
 @pytest.mark.parametrize("method", models.METHODS)
-def test_no_step_waits_for_the_gpu_but_those_that_log(shards, tmp_path, monkeypatch, method):
+def test_no_step_waits_for_the_gpu_but_those_that_log(shards, tmp_path, monkeypatch, method, part):
     """Steps 3 and 4 of 5 run with waiting forbidden; only the first, the last and what is logged may wait."""
     plain = train.Stop.__call__
 
@@ -740,4 +739,4 @@ def test_no_step_waits_for_the_gpu_but_those_that_log(shards, tmp_path, monkeypa
         torch.cuda.set_sync_debug_mode("error" if self.steps in (2, 3) else "default")
         return plain(self)
     monkeypatch.setattr(train.Stop, "__call__", stop)
-    train.run(small(shards, tmp_path, method=method, steps=5, log_every=100, micro_batch=8))
+    train.run(small(shards, tmp_path, method=method, steps=5, log_every=100, micro_batch=part))
