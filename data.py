@@ -1075,11 +1075,11 @@ def crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3)):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def crop(image, box, size, full_size=None):
+def crop(image, box, size, full_size=None, resample=Image.BILINEAR):
     """A box of the picture, resized to a square.  full_size: what the box is measured on, if not image.size."""
     x, y, w, h = box
     kx, ky = (a / b for a, b in zip(image.size, full_size or image.size))
-    return image.resize((size, size), Image.BILINEAR, (kx * x, ky * y, kx * (x + w), ky * (y + h)))
+    return image.resize((size, size), resample, (kx * x, ky * y, kx * (x + w), ky * (y + h)))
 
 
 def distort(image, rng):

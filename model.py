@@ -100,6 +100,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
     recompute = False  # activation checkpointing: keep the input alone, compute the rest again in the backward pass
+    drop_path = 0.0    # stochastic depth (fine-tuning): share of pictures that pass by a branch, in training mode
 
     def __init__(self, width, heads, eps=1e-5, quick_gelu=False):
         super().__init__()
@@ -114,13 +115,21 @@ class Block(nn.Module):
     def forward(self, x, causal=False, key_mask=None, rows=slice(None)):
         """x (B, L, D) -> (B, L, D), or the `rows` of it that are read: a last block need not compute the others."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.inner, x, causal, key_mask, rows, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.inner, x, causal, key_mask, rows, use_reentrant=False,
+                              preserve_rng_state=self.drop_path > 0)
         return self.inner(x, causal, key_mask, rows)
 
     def inner(self, x, causal, key_mask, rows):
         """What forward does."""
-        x = x[:, rows] + self.attn(self.norm1(x), causal, key_mask, rows)
-        return x + self.mlp(self.norm2(x))
+        x = x[:, rows] + self.dropped(self.attn(self.norm1(x), causal, key_mask, rows))
+        return x + self.dropped(self.mlp(self.norm2(x)))
+
+    def dropped(self, branch):
+        """(B, L, D), all zero for some of B, the others larger by as much: the mean stays (timm's DropPath)."""
+        if not (self.drop_path and self.training):
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
 
 
 class PatchEmbed(nn.Module):

@@ -40,17 +40,32 @@ from tokenizer import Tokenizer
 
 
 def flag(default, help):
-    """A field of TrainConfig that is a flag on the command line."""
+    """A field of a config that is a flag on the command line."""
     return field(default=default, metadata=dict(help=help))
 
 
 @dataclass
-class TrainConfig:
+class LoopConfig:
+    """How a run of `loop` goes: settings that do not change what is learned, and may differ when it goes on."""
+    root: str = flag("", "where named data sets lie; else $MASKCLIP_DATA, else ./data")
+    out: str = flag("", "folder of this run; else runs/ and what it is of")
+    grad_checkpointing: bool = flag(False, "keep each block's input alone and compute the rest twice: less memory")
+    workers: int = flag(-1, "loader processes per rank; -1: by the number of cores")
+    log_every: int = flag(10, "steps between lines of log.jsonl")
+    eval_every: int = flag(0, "epochs between evaluations (best.pt is the best), 0: at the end only")
+    save_minutes: float = flag(20.0, "minutes between checkpoints, beside one per epoch")
+    keep: int = flag(2, "checkpoints of whole epochs that are kept, beside last.pt and best.pt")     # our choice
+    resume: str = flag("", "checkpoint to go on from; else last.pt in --out, where there is one")
+    force: bool = flag(False, "go on from a checkpoint that was made with other settings or data")
+    timeout_minutes: float = flag(10.0, "minutes a rank waits for another before the run ends")     # PyTorch's for NCCL
+    steps: int = flag(0, "stop after this global step, 0: at the end; the schedules stay those of --epochs")
+
+
+@dataclass
+class TrainConfig(LoopConfig):
     """Everything that fixes a run; saved in each checkpoint.  Defaults are the paper's, or SLIP's CLIP recipe's."""
     data: list = flag(("demo",),
                       "demo, cc3m, cc12m, yfcc15m, or paths of shards, tables, class folders; NAME:2 is taken twice")
-    root: str = flag("", "where named data sets lie; else $MASKCLIP_DATA, else ./data")
-    out: str = flag("", "folder of this run; else runs/DATA-METHOD")
     method: str = flag("maskclip", ", ".join(models.METHODS))
     model: str = flag("vit_b16", ", ".join(models.PRESETS))
     epochs: int = flag(25, "passes over the data")                                          # paper
@@ -76,18 +91,8 @@ class TrainConfig:
     init: str = flag("", "start from these weights: ours, OpenAI CLIP's, open_clip's, a timm or MAE ViT's")
     precision: str = flag("auto", "fp32, or autocast to bf16 or fp16 (loss scaled); auto: bf16 on CUDA")
     micro_batch: int = flag(0, "pairs of a rank computed at a time, same result (GradCache); 0: what fits on the GPU")
-    grad_checkpointing: bool = flag(False, "keep each block's input alone and compute the rest twice: less memory")
     compile: bool = flag(False, "compile the transformer blocks; for CUDA")
-    workers: int = flag(-1, "loader processes per rank; -1: by the number of cores")
-    log_every: int = flag(10, "steps between lines of log.jsonl")
-    eval_every: int = flag(0, "epochs between zero-shot evaluations (best.pt is the best), 0: at the end only")
-    save_minutes: float = flag(20.0, "minutes between checkpoints, beside one per epoch")
-    keep: int = flag(2, "checkpoints of whole epochs that are kept, beside last.pt and best.pt")     # our choice
-    resume: str = flag("", "checkpoint to go on from; else last.pt in --out, where there is one")
-    force: bool = flag(False, "go on from a checkpoint that was made with other settings or data")
     bad_limit: float = flag(0.01, "stop when more than this share of the pairs could not be used")  # our choice
-    timeout_minutes: float = flag(10.0, "minutes a rank waits for another before the run ends")     # PyTorch's for NCCL
-    steps: int = flag(0, "stop after this global step, 0: at the end; the schedules stay those of --epochs")
 
 
 # What a data set changes.  A path takes demo's recipe with --model tiny (its default), else cc3m's.
@@ -106,21 +111,25 @@ METHOD_RECIPES = dict(
     simclr=dict(lr=3.2e-3, weight_decay=0.1),                                               # SLIP
     mae=dict(lr=2.4e-3, weight_decay=0.05, beta2=0.95, crop_min=0.2),                       # MAE: 1.5e-4 a batch of 256
 )
-# Settings that do not change what is learned: they may differ when a run goes on.
-FREE = ("root", "out", "micro_batch", "grad_checkpointing", "compile", "workers", "log_every", "eval_every",
-        "save_minutes", "keep", "resume", "force", "bad_limit", "timeout_minutes", "steps")
+# Settings of pretraining that may differ when a run goes on, beside those of LoopConfig.
+FREE = ("micro_batch", "compile", "bad_limit")
 # Settings that a run keeps even with --force: they are in the shapes of its weights, or count its steps.
 FIXED = ("method", "model", "vocab_size", "init", "batch_size")
 
 
-def parse(argv=None):
-    """The command line -> TrainConfig."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for f in dataclasses.fields(TrainConfig):
+def given(config, about, argv=None):
+    """The command line of a config's class -> {field: value} of what was given."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0], allow_abbrev=False)
+    for f in dataclasses.fields(config):
         kind = {list: dict(nargs="+"), bool: dict(action="store_true")}.get(f.type, dict(type=f.type))
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})")
-    return resolve(vars(parser.parse_args(argv)))
+    return vars(parser.parse_args(argv))
+
+
+def parse(argv=None):
+    """The command line -> TrainConfig."""
+    return resolve(given(TrainConfig, __doc__, argv))
 
 
 def resolve(given):
@@ -133,20 +142,31 @@ def resolve(given):
     recipe = first if first in RECIPES else "demo" if given.get("model", "tiny") == "tiny" else "cc3m"
     of_method = METHOD_RECIPES.get(given.get("method"), {}) if recipe != "demo" else {}
     config = TrainConfig(**{**RECIPES[recipe], **of_method, **given, "data": names})
-    for what, allowed in dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"),
-                              precision=("auto", "fp32", "bf16", "fp16")).items():
-        if getattr(config, what) not in allowed:
-            raise ValueError(f"unknown --{what} '{getattr(config, what)}': one of {', '.join(allowed)}")
-    for low, high, those in ((1, math.inf, ("epochs", "batch_size", "log_every")), (0.01, 0.99, ("mask_ratio",)),
-                              (0, math.inf, ("steps", "seed", "micro_batch", "grad_clip", "eval_every", "keep")),
-                              (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",)), (0.01, 1e5, ("timeout_minutes",))):
-        for what in those:
-            if not low <= getattr(config, what) <= high:
-                raise ValueError(f"--{what.replace('_', '-')} must be at least {low}"
-                                 f"{'' if high == math.inf else f' and at most {high}'}, not {getattr(config, what)}")
+    return settled(config, names, f"runs/{{}}-{config.method}",
+                   dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random")),
+                   ((0, math.inf, ("micro_batch",)), (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",)),
+                    (0.01, 0.99, ("mask_ratio",))))
+
+
+def settled(config, names, out, choices, ranges):
+    """A config with its places filled in.  Raises ValueError for what cannot be.
+
+    out: folder of the run, {} standing for the data's names; choices: {field: what it may be}; ranges: (lowest,
+    highest, fields); those of all runs are known here.
+    """
+    for name, allowed in (choices | dict(precision=("auto", "fp32", "bf16", "fp16"))).items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"unknown --{name} '{getattr(config, name)}': one of {', '.join(allowed)}")
+    for low, high, fields in (*ranges, (1, math.inf, ("epochs", "batch_size", "log_every")),
+                              (0, math.inf, ("steps", "seed", "grad_clip", "eval_every", "keep")),
+                              (0.01, 1e5, ("timeout_minutes",))):
+        for name in fields:
+            if not low <= getattr(config, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}"
+                                 f"{'' if high == math.inf else f' and at most {high}'}, not {getattr(config, name)}")
     config.root = config.root or os.environ.get("MASKCLIP_DATA", "data")
     label = "+".join("-".join(Path(name).resolve().parts[-2:]) if os.sep in name else name for name in names)
-    config.out = config.out or f"runs/{re.sub(r'[^-+.=0-9A-Z_a-z]+', '_', label)}-{config.method}"
+    config.out = config.out or out.format(re.sub(r"[^-+.=0-9A-Z_a-z]+", "_", label))
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out} is no folder")
     return config
@@ -154,13 +174,13 @@ def resolve(given):
 
 # ---------------------------------------------------------------- schedules: pure functions of the step
 
-def learning_rate(step, config, per_epoch):
-    """Linear warm-up from 1e-6, then a cosine to 1e-5 (SLIP)."""
+def learning_rate(step, config, per_epoch, lowest=1e-5):
+    """Linear warm-up from 1e-6, then a cosine to `lowest` (SLIP's 1e-5)."""
     total, warmup = config.epochs * per_epoch, config.warmup_epochs * per_epoch
     if step < warmup:
         return 1e-6 + (config.lr - 1e-6) * step / warmup
     share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 1e-5 + (config.lr - 1e-5) * (1 + math.cos(math.pi * share)) / 2
+    return lowest + (config.lr - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
 def ema_momentum(step, config, per_epoch):
@@ -503,11 +523,12 @@ def resumed_from(path):
         return ""
 
 
-def find_saved(config):
+def find_saved(config, digest, free=(), fixed=()):
     """The checkpoint that the run goes on from and its path, or None, None: --resume, else last.pt in --out.
 
-    Where last.pt was made by this --resume already, it is that.  Raises FileNotFoundError where --resume is missing,
-    ValueError where the checkpoint is damaged, the settings differ, or --out holds another run.
+    digest: of the data.  free, fixed: settings that may differ, and those that may not even with --force.  Where
+    last.pt was made by this --resume already, it is that.  Raises FileNotFoundError where --resume is missing,
+    ValueError where the checkpoint is damaged, the settings or the data differ, or --out holds another run.
     """
     out, own = Path(config.out), Path(config.out) / "last.pt"
     path = Path(config.resume or own)
@@ -530,18 +551,25 @@ def find_saved(config):
     if "made_by" not in saved:
         raise ValueError(f"{path} is of an older version: it can be evaluated and be --init of another run, not go on")
     mine = dataclasses.asdict(config)
-    theirs = dataclasses.asdict(TrainConfig()) | saved["config"]  # settings that are younger than it had their defaults
+    if odd := saved["config"].keys() - mine.keys():
+        raise ValueError(f"{path} is of another kind of run, with the settings {', '.join(sorted(odd)[:5])}: give "
+                         "another --out")
+    theirs = dataclasses.asdict(type(config)()) | saved["config"]  # settings younger than it had their defaults
+    free = {*free, *(f.name for f in dataclasses.fields(LoopConfig))}
     other = {name: f"--{name.replace('_', '-')} {theirs[name]} there, {value} now"
-             for name, value in mine.items() if name not in FREE and theirs[name] != value}
-    fixed = [other[name] for name in FIXED if name in other]
-    if fixed or other and not config.force:
-        way_out = "" if fixed else ", those settings to go on with it, or --force to go on with the new ones"
-        raise ValueError(f"{path} was made with other settings ({'; '.join(fixed or other.values())}): give another "
+             for name, value in mine.items() if name not in free and theirs[name] != value}
+    never = [other[name] for name in fixed if name in other]
+    if never or other and not config.force:
+        way_out = "" if never else ", those settings to go on with it, or --force to go on with the new ones"
+        raise ValueError(f"{path} was made with other settings ({'; '.join(never or other.values())}): give another "
                          f"--out{way_out}")
+    if saved["pairs"] != digest and not config.force:
+        raise ValueError(f"the data was another when the checkpoint was made ({saved['pairs']} then, {digest} now), so "
+                         "the order would be another: give another --out, or --force to go on all the same")
     return saved, path
 
 
-def check_space(config, model, teacher):
+def check_space(config, model, teacher=None):
     """Raise ValueError where the disk cannot hold the checkpoints of this run."""
     out = Path(config.out).resolve()
     place = next(folder for folder in (out, *out.parents) if folder.is_dir())
@@ -649,24 +677,29 @@ class Log:
 
 @dataclass
 class Run:
-    """What a run is made of; all but the counters stays what it is."""
-    config: TrainConfig
+    """What `loop` runs; all but the counters stays what it is.  Pretraining below and downstream/ say how it steps."""
+    config: LoopConfig
     place: Place
-    pairs: data.Pairs
-    tokenizer: Tokenizer
-    model: models.VisionModel
-    teacher: models.Teacher | None
+    model: torch.nn.Module
+    teacher: torch.nn.Module | None     # a moving average of weights
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    amp: torch.autocast
-    per_epoch: float        # steps in an epoch
-    total: int              # steps in the run
-    skipped: torch.Tensor   # () steps without an update, for loss or gradient was not finite ...
-    in_a_row: torch.Tensor  # () ... and the last of these without one between; on the device
-    step: int = 0           # steps done
+    size: int               # samples in an epoch
+    digest: str             # of the data and their order
     source: Path = None     # the checkpoint that the run goes on from
+    step: int = 0           # steps done
     bad: int = 0            # pairs of this rank that could not be used; on rank 0, all of before a resume too
     best: float = 0.0       # highest score of --eval-every
+
+    def __post_init__(self):
+        kind = self.place.device.type
+        name = {"auto": "bf16" if kind == "cuda" else "fp32"}.get(self.config.precision, self.config.precision)
+        dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
+        self.precision, self.amp = name, torch.autocast(kind, dtype, enabled=name != "fp32")
+        self.scaler = torch.amp.GradScaler(kind, enabled=name == "fp16")
+        self.per_epoch = self.size / self.config.batch_size                         # steps in an epoch
+        self.total = self.config.epochs * self.size // self.config.batch_size       # steps in the run
+        # Steps without an update, for loss or gradient was not finite, and the last of these without one between.
+        self.skipped, self.in_a_row = (torch.zeros((), device=self.place.device) for _ in range(2))
 
     def parts(self):
         """What has a state of its own."""
@@ -676,21 +709,20 @@ class Run:
     def state(self, bad):
         """All that a checkpoint holds: tensors, numbers, strings.  bad: of all ranks."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return dict(step=self.step, pairs=self.pairs.digest(), bad=bad, skipped=self.skipped.cpu(),
+        return dict(step=self.step, pairs=self.digest, bad=bad, skipped=self.skipped.cpu(),
                     in_a_row=self.in_a_row.cpu(), best=self.best, config=dataclasses.asdict(self.config),
-                    model_config=dataclasses.asdict(self.model.config),
-                    tokenizer=[" ".join(pair) for pair in self.tokenizer.merges],
+                    model_config=dataclasses.asdict(self.model.config), **self.facts(),
                     rng=dict(cpu=torch.get_rng_state(), cuda=cuda), made_by=evaluate.provenance(),
                     **{name: part.state_dict() for name, part in self.parts().items()})
 
     def load(self, saved):
         """Go on from what `state` gave."""
+        fresh = [dict(group, params=()) for group in self.optimizer.param_groups]
         for name, part in self.parts().items():
             if saved.get(name):  # the scaler's is empty but with fp16
                 part.load_state_dict(saved[name])
-        fresh = parameter_groups(self.model, self.config.weight_decay)
-        for group, new in zip(self.optimizer.param_groups, fresh):  # by --force they may be other ones
-            group.update(weight_decay=new["weight_decay"], betas=(self.config.beta1, self.config.beta2))
+        for group, new in zip(self.optimizer.param_groups, fresh, strict=True):  # by --force they may be other ones
+            group.update(weight_decay=new["weight_decay"], betas=new["betas"])
         self.step, self.bad = saved["step"], saved["bad"] if self.place.rank == 0 else 0
         self.best = saved["best"]
         self.skipped.copy_(saved["skipped"])
@@ -698,6 +730,76 @@ class Run:
         torch.set_rng_state(saved["rng"]["cpu"])
         if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+
+    def start(self, saved, what):
+        """Go on from a checkpoint, where there is one, and say what begins.  Raises ValueError where ranks differ."""
+        if saved:
+            self.load(saved)
+        place, config = self.place, self.config
+        if place.world > 1:
+            starts = [None] * place.world
+            dist.all_gather_object(starts, (self.step, self.digest), place.host_group)
+            if len(set(starts)) > 1:
+                raise ValueError(f"the ranks start from different steps or data ({'; '.join(map(str, starts))}): --out "
+                                 "and the data must be the same folders on all nodes")
+        place.say(f"{what}; {config.epochs} epochs of {self.per_epoch:.1f} steps; batch {config.batch_size} = "
+                  f"{place.world} x {config.batch_size // place.world}; {self.precision} on {place.device.type}\n"
+                  + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+                  + (f"\ngoing on from step {self.step} of {self.source}" if saved else ""))
+
+    def update(self):
+        """The weights after the gradients.  -> the gradient's norm ()"""
+        optimizer, scaler, config = self.optimizer, self.scaler, self.config
+        scaler.unscale_(optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # a frozen part has none
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
+        # Averaged over the ranks, so all of them see it where one has a loss or gradient that is not finite; the fused
+        # AdamW then leaves weights and moments as they are, without the host having to know.
+        lost = optimizer.found_inf = (~norm.isfinite()).float()
+        scaler.step(optimizer)
+        scaler.update()
+        self.step += 1
+        self.skipped.add_(lost)
+        self.in_a_row.copy_(torch.where(self.in_a_row < 10, (self.in_a_row + 1) * lost, self.in_a_row))
+        return norm
+
+
+@dataclass
+class Pretraining(Run):
+    """The paper's: pairs, six methods."""
+    pairs: data.Pairs = None
+    tokenizer: Tokenizer = None
+
+    def facts(self):
+        """What a checkpoint holds of this kind of run alone."""
+        return dict(tokenizer=[" ".join(pair) for pair in self.tokenizer.merges])
+
+    def batches(self, stop_at):
+        """This rank's share of the global batches from here on."""
+        self.gradients, self.count, batches = make_step(self, iter(open_loader(self, stop_at)))
+        return batches
+
+    def advance(self, batch):
+        """One step.
+
+        -> loss terms {name: ()}, unweighted; image and text features, if any; gradient's norm (); lr and ema
+        """
+        return advance(self, self.gradients, self.gradients.sent(split(batch, self.count)))
+
+    def evaluate(self):
+        """What --eval-every asks for.  -> {name: what evaluate.EVALUATIONS[name] gives}"""
+        results = evaluations(self, ["zeroshot" if "text" in self.model.needs else "linear"])
+        if not results:
+            self.place.say(f"--eval-every: no test set could be evaluated beside {self.pairs.sources[0].folder}")
+        return results
+
+    def report(self, results):
+        """The last evaluation's results and those that it lacks, as a table."""
+        has_text = "text" in self.model.needs
+        names = [name for name in evaluate.EVALUATIONS if has_text != (name == "linear") and name not in results]
+        return report(self.pairs, results | evaluations(self, names))
 
 
 def open_pairs(config, place):
@@ -758,11 +860,8 @@ def open_run(config, place):
 
     Raises ValueError where the settings, the data or the disk do not allow it.
     """
-    pairs, kind = open_pairs(config, place), place.device.type
-    saved, source = find_saved(config)
-    if saved and saved["pairs"] != pairs.digest() and not config.force:
-        raise ValueError(f"the data was another when the checkpoint was made ({saved['pairs']} then, {pairs.digest()} "
-                         "now), so the order would be another: give another --out, or --force to go on all the same")
+    pairs = open_pairs(config, place)
+    saved, source = find_saved(config, pairs.digest(), FREE, FIXED)
     init = evaluate.read_weights(config.init) if config.init and not saved else None
     tokenizer = make_tokenizer(config, pairs, saved or init)
     if saved:
@@ -784,40 +883,27 @@ def open_run(config, place):
 
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2),
                                   eps=1e-8, fused=True)  # eps: SLIP recipe
-    name = {"auto": "bf16" if kind == "cuda" else "fp32"}.get(config.precision, config.precision)
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
-    run = Run(config, place, pairs, tokenizer, model, teacher, optimizer,
-              scaler=torch.amp.GradScaler(kind, enabled=name == "fp16"),
-              amp=torch.autocast(kind, dtype, enabled=name != "fp32"),
-              per_epoch=len(pairs) / config.batch_size, total=config.epochs * len(pairs) // config.batch_size,
-              skipped=torch.zeros((), device=place.device), in_a_row=torch.zeros((), device=place.device),
-              source=source)
-    if saved:
-        run.load(saved)
-    if place.world > 1:
-        starts = [None] * place.world
-        dist.all_gather_object(starts, (run.step, pairs.digest()), place.host_group)
-        if len(set(starts)) > 1:
-            raise ValueError(f"the ranks start from different steps or data ({'; '.join(map(str, starts))}): --out and "
-                             "the data must be the same folders on all nodes")
-    place.say(f"{config.method} {config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-              f"{len(tokenizer):,} tokens; {', '.join(config.data)}: {len(pairs):,} pairs; {config.epochs} epochs of "
-              f"{run.per_epoch:.1f} steps; batch {config.batch_size} = {place.world} x "
-              f"{config.batch_size // place.world}; {name} on {kind}\n"
-              + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
-              + (f"\ngoing on from step {run.step} of {source}" if saved else ""))
+    run = Pretraining(config, place, model, teacher, optimizer, len(pairs), pairs.digest(), source,
+                      pairs=pairs, tokenizer=tokenizer)
+    run.start(saved, f"{config.method} {config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+              f"parameters, {len(tokenizer):,} tokens; {', '.join(config.data)}: {len(pairs):,} pairs")
     return run
 
 
 def open_loader(run, stop_at):
     """This rank's share of the global batches from run.step on."""
+    samples = data.Samples(run.pairs, run.tokenizer, run.model.needs, run.config, run.model.config)
+    return loader(run, stop_at, samples, run.pairs.sizes, samples.collate)
+
+
+def loader(run, stop_at, samples, sizes, collate=None):
+    """The samples of a run from run.step on, by (epoch, index), in the exact order of parts of those sizes."""
     config, place = run.config, run.place
-    samples = data.Samples(run.pairs, run.tokenizer, run.model.needs, config, run.model.config)
-    order = data.Order(run.pairs.sizes, config.seed)
+    order = data.Order(sizes, config.seed)
     batches = data.GlobalBatches(order, config.batch_size, run.step, stop_at, place.rank, place.world)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
     workers = config.workers if config.workers >= 0 else max(0, min(8, (os.cpu_count() or 1) // here - 1))
-    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=samples.collate, num_workers=workers,
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                                        pin_memory=place.device.type == "cuda", worker_init_fn=data.ignore_stops)
 
 
@@ -861,44 +947,33 @@ def open_log(run):
 
 
 def advance(run, step, parts):
-    """One step of the run: gradients, weights, teacher.
+    """One step of pretraining: gradients, weights, teacher.
 
-    -> loss terms {name: ()}, unweighted; image and text features, if any; gradient's norm (); learning rate, momentum
+    -> loss terms {name: ()}, unweighted; image and text features, if any; gradient's norm (); lr and ema
     """
-    config, model, teacher, optimizer, scaler = run.config, run.model, run.teacher, run.optimizer, run.scaler
+    config, model, teacher = run.config, run.model, run.teacher
     lr, momentum = (schedule(run.step, config, run.per_epoch) for schedule in (learning_rate, ema_momentum))
-    for group in optimizer.param_groups:
+    for group in run.optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     terms, features, teacher_means = step.gradients(parts)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    if config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-    # Averaged over the ranks, so all of them see it where one has a loss or gradient that is not finite; the fused
-    # AdamW then leaves weights and moments as they are, without the host having to know.
-    lost = optimizer.found_inf = (~norm.isfinite()).float()
-    scaler.step(optimizer)
-    scaler.update()
+    norm = run.update()
     if "text" in model.needs:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP
     if teacher:
         models.ema_update(teacher, model, momentum)
         losses.update_center(teacher.center, teacher_means)
-    run.step += 1
-    run.skipped.add_(lost)
-    run.in_a_row.copy_(torch.where(run.in_a_row < 10, (run.in_a_row + 1) * lost, run.in_a_row))
-    return terms, features, norm, lr, momentum
+    return terms, features, norm, dict(lr=lr) | (dict(ema=momentum) if teacher else {})
 
 
 def loop(run, log):
     """Step by step to the end or to a signal, then the report."""
-    config, place, model, out = run.config, run.place, run.model, Path(run.config.out)
-    stop_at, has_text = min(run.total, config.steps or run.total), "text" in model.needs
-    step, count, batches = make_step(run, iter(open_loader(run, stop_at)))
+    config, place, out = run.config, run.place, Path(run.config.out)
+    stop_at = min(run.total, config.steps or run.total)
+    batches = run.batches(stop_at)
     stop_now, saved_step = Stop(place), run.step
-    bar = tqdm(total=stop_at, initial=run.step, desc=config.method, unit="step", mininterval=1,
+    bar = tqdm(total=stop_at, initial=run.step, desc=out.name, unit="step", mininterval=1,
                disable=None if place.rank == 0 else True)  # a bar on a terminal, lines elsewhere
     named, results, stop, waited, seen, clock, saved_at = [], {}, False, 0.0, 0, time.time(), time.time()
 
@@ -906,17 +981,17 @@ def loop(run, log):
         start = time.time()
         batch = next(batches)
         waited += time.time() - start
-        for line in batch.pop("bad"):
+        for line in batch.pop("bad", ()):
             run.bad += 1
             if run.bad <= 10:
                 tqdm.write(f"warning: bad pair, another takes its place: {line}")
                 named.append(line)
-        terms, features, norm, lr, momentum = advance(run, step, step.sent(split(batch, count)))
+        terms, features, norm, schedules = run.advance(batch)
         seen += config.batch_size
         bar.update()
 
         stop = stop_now()
-        epoch, place_in_epoch = divmod(run.step * config.batch_size, len(run.pairs))
+        epoch, place_in_epoch = divmod(run.step * config.batch_size, run.size)
         epoch_ends = place_in_epoch < config.batch_size or run.step == run.total
         epoch = config.epochs if run.step == run.total else epoch  # the last step may end short of the last pairs
         evaluate_now = epoch_ends and config.eval_every and (epoch % config.eval_every == 0 or run.step == run.total)
@@ -924,26 +999,24 @@ def loop(run, log):
         save_now = epoch_ends or run.step == stop_at or stop
         if log_now or save_now:  # the only times at which the device is waited for
             values = dict(terms)
-            if has_text:
+            if features:
                 values["accuracy"] = losses.contrastive_accuracy(**features)
             sums = losses.all_sum(torch.stack([*values.values(), norm.new_tensor(run.bad)]))
             *means, bad = (sums / sums.new_tensor([place.world] * len(values) + [1])).tolist()
             values, bad = dict(zip(values, means)), int(bad)
             check(run, values, bad, saved_step)
         pause = time.time()
-        results = evaluations(run, ["zeroshot" if has_text else "linear"]) if evaluate_now else {}
+        results = run.evaluate() if evaluate_now else {}
         clock += time.time() - pause
         scores = {name: next(iter(result["scores"].values())) for name, result in results.items()}
-        if evaluate_now and not scores:
-            place.say(f"--eval-every: no test set could be evaluated beside {run.pairs.sources[0].folder}")
         best_before, run.best = run.best, max([run.best, *scores.values()])
         is_best = run.best > best_before
         if log and log_now:
             spent, peak = time.time() - clock, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
                 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             log.write(dict(step=run.step, epoch=run.step / run.per_epoch, **values, **scores,
-                           **dict(scale=model.logit_scale.exp().item()) if has_text else {}, lr=lr,
-                           **dict(ema=momentum) if run.teacher else {}, grad_norm=norm.item(), skipped=int(run.skipped),
+                           **dict(scale=run.model.logit_scale.exp().item()) if features else {}, **schedules,
+                           grad_norm=norm.item(), skipped=int(run.skipped),
                            **dict(loss_scale=run.scaler.get_scale()) if run.scaler.is_enabled() else {}, bad=bad,
                            **dict(bad_pairs=named) if named else {}, pictures_per_s=round(seen / spent, 1),
                            data_wait=round(waited / spent, 3), memory_gib=round(peak / 2 ** 30, 2)))
@@ -978,14 +1051,13 @@ def loop(run, log):
     elif run.step < run.total:
         place.say(f"stopped after --steps {run.step} of {run.total}; without --steps the same command goes on")
     else:
-        names = [name for name in evaluate.EVALUATIONS if has_text != (name == "linear") and name not in results]
-        place.say(report(run.pairs, results | evaluations(run, names)))
+        place.say(run.report(results))
 
 
 def check(run, values, bad, saved_step):
     """Raise ValueError, on all ranks, where the run should not go on."""
     config, pairs, path = run.config, run.step * run.config.batch_size, Path(run.config.out) / "last.pt"
-    if bad > max(20, config.bad_limit * pairs):  # 20: our choice, for the first steps
+    if bad > 20 and bad > config.bad_limit * pairs:  # 20: our choice, for the first steps
         raise ValueError(f"{bad:,} of {pairs:,} pairs were bad, more than --bad-limit {config.bad_limit}: see the "
                          f"warnings above; after python data.py check {' '.join(config.data)} others take their "
                          "places, and the run can go on")
@@ -1021,7 +1093,7 @@ def report(pairs, results):
     return "\n".join(lines)
 
 
-def run(config):
+def run(config, open_run=open_run):
     """Train as the config says, from the last checkpoint in config.out if there is one; evaluate at the end.
 
     Raises ValueError, OSError: what was wrong with settings, data, disk, GPU memory or another rank.
@@ -1046,18 +1118,18 @@ def run(config):
                               f"checkpoint in {config.out}") from error
 
 
-def main():
-    """The command line."""
+def main(parse=parse, open_run=open_run, name="train.py"):
+    """The command line, of downstream/ too."""
     rank, lost = os.environ.get("RANK"), False
     try:
-        run(parse())
+        run(parse(), open_run)
     except (OSError, ValueError) as error:
         lost = isinstance(error, ConnectionError)
-        print(f"train.py: {'' if rank is None else f'rank {rank}: '}error: {str(error).splitlines()[-1]}",
+        print(f"{name}: {'' if rank is None else f'rank {rank}: '}error: {str(error).splitlines()[-1]}",
               file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:  # before the loop, which has its own way to stop
-        sys.exit("train.py: interrupted before the first step")
+        sys.exit(f"{name}: interrupted before the first step")
     finally:
         for worker in torch.multiprocessing.active_children():
             worker.kill()  # after an error the loader's are still there, and they ignore SIGTERM
