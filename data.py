@@ -1716,6 +1716,73 @@ def karpathy(folder):
     return paths, texts, owners
 
 
+@dataclass
+class SegmentationSet:
+    """Pictures whose every pixel has a label."""
+    name: str
+    place: Path
+    pictures: list      # paths
+    labels: list        # paths of PNGs of the same sizes: class k is k + 1, nothing is 0 (or 255)
+    names: list         # of the classes
+    remarks: tuple = ()
+
+    def load(self, i):
+        """-> RGB picture, picture (L) of classes 0 .. C - 1, 255 for none.  Raises ValueError that names a file."""
+        image, file = load_picture(self.pictures[i]), self.labels[i]
+        try:
+            label = Image.open(file, formats=("PNG",))
+            values = np.array(label)
+        except BAD_IMAGE as error:
+            raise ValueError(f"cannot read the label picture {file}: {error}") from error
+        if label.mode not in ("L", "P", "1", "I", "I;16") or label.size != image.size:
+            raise ValueError(f"{file} is a picture of {label.width} x {label.height}, mode {label.mode}, of labels for "
+                             f"{image.width} x {image.height}: it must be as large, and one number a pixel (L or P)")
+        odd = (values > len(self.names)) & (values != 255)
+        if odd.any():
+            raise ValueError(f"{file} holds {values[odd].max()}: there are {len(self.names)} classes, from 1; 0 and "
+                             "255 are left out")
+        return image, Image.fromarray(np.where(values == 255, 255, values.astype(np.int32) - 1).astype(np.uint8))
+
+
+def segmentation_set(name, root="", split=""):
+    """The labelled pictures NAME (under root) or of the path NAME, of a split: "train" or "test".
+
+    Layouts: ADE20K's images/{training,validation}/ and annotations/; {train,val or test}/{images,labels}/; or
+    {images,labels}/ alone, of which every fifth picture is the test split, and which "" takes whole.  classes.txt (or
+    ADE20K's objectInfo150.txt) names the classes.  Raises FileNotFoundError or ValueError.
+    """
+    if name == "demo":
+        draw_demo(Path(root) / "demo")
+    homes = [Path(root, name), Path(name)] + [Path(root, "ADEChallengeData2016")] * (name == "ade20k")
+    places = [place for home in homes for place in (home, home / "dense")]
+    ade, own = ("training", ["train"]) if split == "train" else ("validation", ["val", "test"])
+    parts = [(f"images/{ade}", f"annotations/{ade}"), *((f"{part}/images", f"{part}/labels") for part in own),
+             ("images", "labels")]
+    place, images, labels = next(((place, *pair) for place in places for pair in parts
+                                  if all((place / part).is_dir() for part in pair)), (None, "", ""))
+    if place is None:
+        raise FileNotFoundError(f"no segmentation set '{name}': looked in {', '.join(map(str, places))} for images/ "
+                                "and labels/ (PNG), the same in train/ and val/, or ADE20K's images/ and "
+                                "annotations/ (--root or $MASKCLIP_DATA name another place)")
+    file = next((place / one for one in ("classes.txt", "objectInfo150.txt") if (place / one).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no classes.txt (or ADE20K's objectInfo150.txt) in {place.resolve()}: a line for each "
+                                "class")
+    lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if file.name == "objectInfo150.txt":  # Idx, Ratio, Train, Val, Stuff, Name
+        lines = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
+    pictures, remarks = picture_files(place / images), ()
+    if split and images == "images":
+        pictures = [path for i, path in enumerate(pictures) if (i % 5 == 0) == (split == "test")]
+        remarks = (f"{place} has no splits: every fifth picture is a test picture",)
+    if not pictures:
+        raise FileNotFoundError(f"no pictures in {place / images}")
+    files = [place / labels / f"{path.stem}.png" for path in pictures]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} of {len(files)} label pictures are missing, the first is {missing[0]}")
+    return SegmentationSet(str(name), place, pictures, files, lines, remarks)
+
+
 def templates_of(folder):
     """The lines of the set's own templates.txt, or TEMPLATES."""
     file = Path(folder) / "templates.txt"

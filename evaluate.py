@@ -212,9 +212,12 @@ def _tensors(state):
 
 def _recognised(state, beside):
     """The kind of weights by their names -> what read_weights returns, or None."""
-    if {"model_config", "model", "tokenizer"} <= state.keys():
-        return dict(model=dict(state["model"]), config=models.ModelConfig(**state["model_config"]), remarks=[],
-                    tokenizer=state["tokenizer"])
+    if {"model_config", "model"} <= state.keys():
+        ours = dict(model=dict(state["model"]), config=models.ModelConfig(**state["model_config"]), remarks=[])
+        if "tokenizer" in state:
+            return ours | dict(tokenizer=state["tokenizer"])
+        tower = {name: x for name, x in ours["model"].items() if name.startswith("visual.")}  # of downstream/'s runs
+        return ours | dict(model=tower, remarks=["the image tower of a run that went on from it, without its head"])
     program, state = "torchscript" in state, _tensors(state)
     text = {"token_embedding.weight", "text_projection", "ln_final.weight", "positional_embedding"}
     if text | {"visual.conv1.weight", "visual.class_embedding", "visual.proj"} <= state.keys():
@@ -733,38 +736,36 @@ def retrieval(model, tokenizer, folder):
                 protocol=dict(place=str(folder), pictures=len(paths), texts=len(texts), split="test"))
 
 
-def dense(model, tokenizer, folder):
+def dense(model, tokenizer, tests):
     """Patch-word segmentation: each pixel goes to the class whose words are nearest to its patch.
 
-    folder/{images,labels}/ hold pictures and label pictures of the same names; label 0 is left out, k is line k of
-    folder/classes.txt.
+    tests: a data.SegmentationSet, or the folder of one.
     """
-    folder = Path(folder)
-    if not (folder / "classes.txt").is_file():
-        raise FileNotFoundError(f"no classes.txt in {folder.resolve()}: a segmentation set is a folder with images/, "
-                                "labels/ (PNG, 0 = left out) and classes.txt")
-    names = (folder / "classes.txt").read_text("utf-8").splitlines()
-    paths = data.picture_files(folder / "images")
-    if not paths:
-        raise FileNotFoundError(f"no pictures in {folder / 'images'}")
-    classifier = zeroshot_classifier(model, tokenizer, names, data.templates_of(folder))
-    features = F.normalize(encode_pictures(model.encode_patches, paths, model), dim=2)    # (n, N, E)
+    tests = tests if isinstance(tests, data.SegmentationSet) else data.segmentation_set(tests)
+    classifier = zeroshot_classifier(model, tokenizer, tests.names, data.templates_of(tests.place))
+    features = F.normalize(encode_pictures(model.encode_patches, tests.pictures, model), dim=2)    # (n, N, E)
     side, size = model.config.grid, model.config.image_size
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-    for path, rows in zip(paths, features):
-        label = Image.open(folder / "labels" / f"{path.stem}.png")
-        label = torch.from_numpy(np.array(data.center_crop(label, size, Image.NEAREST))).long()      # (size, size)
+    confusion = torch.zeros(len(tests.names), len(tests.names), dtype=torch.long)
+    for i, rows in enumerate(features):
+        label = data.center_crop(tests.load(i)[1], size, Image.NEAREST)                              # (size, size)
         maps = (rows @ classifier.T).T.reshape(1, -1, side, side)                                    # (1, C, g, g)
         guess = F.interpolate(maps, (size, size), mode="bilinear")[0].argmax(0)                      # (size, size)
-        if label.max() > len(names):
-            raise ValueError(f"{folder}/labels/{path.stem}.png holds {label.max()}: classes.txt has {len(names)} lines")
-        seen = label > 0
-        confusion += torch.bincount((label[seen] - 1) * len(names) + guess[seen],
-                                    minlength=confusion.numel()).view_as(confusion)
-    return dict(scores={"mIoU": mean_iou(confusion),
-                        "pixel accuracy": (confusion.trace() / confusion.sum()).item()},
-                chance=1 / (2 * len(names) - 1), over=f"{len(paths)} pictures, {len(names)} classes",
-                protocol=dict(place=str(folder), pictures=len(paths), classes=len(names)))
+        confusion += confusion_matrix(guess, torch.from_numpy(np.array(label)), len(tests.names))
+    return dict(scores=segmentation_scores(confusion), chance=1 / (2 * len(tests.names) - 1),
+                over=f"{len(features):,} pictures, {len(tests.names)} classes",
+                protocol=dict(place=str(tests.place), pictures=len(features), classes=len(tests.names)))
+
+
+def confusion_matrix(guess, label, classes):
+    """Pixels by label and guess, (C, C).  guess, label of one shape, 0 .. C - 1; labels above are left out."""
+    seen = label < classes
+    pairs = label[seen].long() * classes + guess[seen].long()
+    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+
+
+def segmentation_scores(confusion):
+    """-> {"mIoU", "pixel accuracy"}, shares"""
+    return {"mIoU": mean_iou(confusion), "pixel accuracy": (confusion.trace() / confusion.sum()).item()}
 
 
 def mean_iou(confusion):
@@ -1195,10 +1196,11 @@ def tasks(args):
     for name in args.zeroshot or ():
         for one in [name for name in known if name != "imagenet"] if name == "icinw" else [name]:
             yield "zeroshot", one, name == "icinw", partial(load, one), partial(zeroshot, synonyms=args.synonyms)
-    for flag, part, function in (("retrieval", "val", retrieval), ("dense", "dense", dense)):
+    for flag, load_set, function in (("retrieval", partial(find, root=args.root, part="val"), retrieval),
+                                     ("dense", partial(data.segmentation_set, root=args.root), dense)):
         for name in getattr(args, flag) or ():
-            yield (flag, name, False, partial(find, name, args.root, part),
-                   lambda model, tokenizer, folder, cache, function=function: function(model, tokenizer, folder))
+            yield (flag, name, False, partial(load_set, name),
+                   lambda model, tokenizer, tests, cache, function=function: function(model, tokenizer, tests))
     for name in args.linear or ():
         yield "linear", name, False, partial(probe_sets, name, args.root), probe
 
@@ -1306,7 +1308,8 @@ def main():
     parser.add_argument("--names", metavar="FILE", help="lines FOLDER<tab>NAME for class folders of your own")
     parser.add_argument("--retrieval", nargs="+", metavar="NAME|PATH", help="flickr30k, coco, or a folder with "
                         "karpathy.json or dataset*.json and its pictures")
-    parser.add_argument("--dense", nargs="+", metavar="NAME|PATH", help="folder with images/, labels/, classes.txt")
+    parser.add_argument("--dense", nargs="+", metavar="NAME|PATH", help="ade20k, or a folder with images/, "
+                        "labels/, classes.txt")
     parser.add_argument("--linear", nargs="+", metavar="NAME|PATH", help="imagenet, one of ICinW's, or a folder with "
                         "train/ and test/ class folders")
     parser.add_argument("--features", choices=FEATURES, default="cls", help="--linear: the class token, the "

@@ -668,7 +668,7 @@ def checkpoint(shards, tmp_path_factory):
     ([], "nothing to do"), (["--zeroshot", "x", "--speed", "1"], "unrecognized arguments"),
     (["--zeroshot", "demo", "--checkpoint", "none.pt"], "No such file"),
     (["--zeroshot", "imagenet"], "no test set 'imagenet'"),
-    (["--retrieval", "EMPTY"], "no karpathy.json"), (["--dense", "EMPTY"], "no classes.txt"),
+    (["--retrieval", "EMPTY"], "no karpathy.json"), (["--dense", "EMPTY"], "no segmentation set"),
     (["--zeroshot", "EMPTY"], "no test set"), (["--linear", "EMPTY"], "no train set"),
     (["--heatmap", "model.py", "a dog"], "cannot read the picture model.py")])
 def test_evaluate_answers_bad_input_with_one_sentence(checkpoint, tmp_path, arguments, sentence, monkeypatch, capsys):
