@@ -166,25 +166,27 @@ class _Script(pickle.Unpickler):
 
 # ---------------------------------------------------------------- other projects' weights, in our names
 
-FORMATS = ("our checkpoints; OpenAI's CLIP, open_clip's and SLIP's weights; Hugging Face's CLIPModel; timm's and MAE's "
-           "ViTs with a class token")
+FORMATS = ("our checkpoints; OpenAI's CLIP, open_clip's and SLIP's weights; Hugging Face's CLIPModel; timm's, MAE's "
+           "and BEiT's ViTs with a class token and absolute positions")
+SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "merges.txt")
 HEADS = {1280: 16}  # ViT-H (open_clip, MAE); the others have heads of 64
 
 
 def read_weights(path):
     """Any weights that are known here (FORMATS), in our names.  No code in the file is run.
 
-    -> {"model": {name: tensor}, "config": ModelConfig, "remarks": [str]}, and for our own checkpoints "tokenizer".
+    -> {"model": {name: tensor}, "config": ModelConfig, "remarks": [str]}, and "tokenizer" where the merges are known.
     config.method names the kind: "slip", "simclr", "mae" and "vit" come without heads and decoders.  A normalisation of
     pixels other than ours is folded into the patch embedding.  Raises FileNotFoundError, or ValueError for all else.
     """
     state = _load(path)
-    beside = {}
+    beside = {name: state[name] for name in ("architecture", "model_args", "pretrained_cfg") if name in state}
     for file in settings_beside(path):
         try:
-            beside |= json.loads(file.read_text("utf-8"))
+            text = file.read_text("utf-8")
+            beside |= dict(merges=text.strip().split("\n")[1:]) if file.name == "merges.txt" else json.loads(text)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is no JSON object ({error})") from error
+            raise ValueError(f"{file} is no JSON object, or no UTF-8 ({error})") from error
     try:
         found = _recognised(state, beside)
     except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
@@ -197,9 +199,9 @@ def read_weights(path):
 
 
 def settings_beside(path):
-    """The JSON files that belong to a file of weights from Hugging Face or open_clip."""
+    """The settings and merges that belong to a file of weights from Hugging Face, open_clip or timm."""
     file = weights_file(path)
-    names = ("config.json", "open_clip_config.json", "preprocessor_config.json") if file.name in NAMES else ()
+    names = SETTINGS if file.name in NAMES else ()
     return [file.parent / name for name in names if (file.parent / name).is_file()]
 
 
@@ -220,7 +222,9 @@ def _recognised(state, beside):
         return ours | dict(model=tower, remarks=["the image tower of a run that went on from it, without its head"])
     program, state = "torchscript" in state, _tensors(state)
     text = {"token_embedding.weight", "text_projection", "ln_final.weight", "positional_embedding"}
-    if text | {"visual.conv1.weight", "visual.class_embedding", "visual.proj"} <= state.keys():
+    towers = ({"visual.conv1.weight", "visual.class_embedding", "visual.proj"},
+              {"visual.trunk.cls_token", "visual.trunk.norm.weight", "visual.head.proj.weight"})
+    if any(text | image <= state.keys() for image in towers):
         return _clip(state, beside, program or "input_resolution" in state)
     if "visual.patch_embed.proj.weight" in state and (text | {"image_projection"} <= state.keys() or
                                                       "image_mlp.layer1.weight" in state):
@@ -248,8 +252,11 @@ CLIP_BLOCK = (("transformer.resblocks", "blocks"), ("ln_1", "norm1"), ("ln_2", "
               ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("positional_embedding", "pos_embed"))
 
 
-def _finished(ours, method, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, remarks=(), **known):
-    """Folds the normalisation of pixels into the patch embedding, finds the shapes.  -> what read_weights returns"""
+def _finished(ours, method, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, remarks=(), merges=None, **known):
+    """Folds the normalisation of pixels into the patch embedding, finds the shapes.  -> what read_weights returns
+
+    merges: a vocabulary's, as "left right", where they lie beside the weights; else it must be CLIP's.
+    """
     a = torch.tensor(data.IMAGENET_STD) / torch.tensor(std)  # their pixels are ours * a + b
     b = (torch.tensor(data.IMAGENET_MEAN) - torch.tensor(mean)) / torch.tensor(std)
     conv = ours["visual.patch_embed.proj.weight"]
@@ -267,35 +274,51 @@ def _finished(ours, method, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, rema
                   heads=HEADS.get(width, width // 64))
     if "text.token_embedding.weight" in ours:
         words = ours["text.token_embedding.weight"]
-        if len(words) != 49408:
-            raise ValueError(f"its vocabulary has {len(words)} tokens: only CLIP's of 49,408 is known here")
+        if merges is None and len(words) != 49408:
+            raise ValueError(f"its vocabulary has {len(words)} tokens: without a merges.txt beside it only CLIP's of "
+                             "49,408 is known")
+        if merges is not None and len(words) != len(merges) + 514:  # bytes, bytes that end a word, start, end
+            raise ValueError(f"its vocabulary has {len(words)} tokens, and that of merges.txt {len(merges) + 514}")
         ours["text.token_embedding.weight"] = torch.cat([words, words.new_zeros(1, words.size(1))])  # [MASK]
         shapes |= dict(context_length=len(ours["text.pos_embed"]), text_width=words.size(1), text_depth=depth("text"),
-                       text_heads=words.size(1) // 64, embed_dim=len(ours["text_projection.weight"]), vocab_size=49409)
+                       text_heads=words.size(1) // 64, embed_dim=len(ours["text_projection.weight"]),
+                       vocab_size=len(words) + 1)
     config = models.ModelConfig(method=method, **(shapes | known))
-    return dict(model=ours, config=config, remarks=list(remarks))
+    found = dict(model=ours, config=config, remarks=list(remarks))
+    return found if merges is None else found | dict(tokenizer=merges)
 
 
 def _clip(state, beside, openai):
-    """OpenAI's CLIP and open_clip's."""
-    ours = _renamed(state, "visual.", (("visual.transformer.resblocks", "visual.blocks"), ("ln_pre", "norm_pre"),
-                                       ("ln_post", "norm"), *CLIP_BLOCK))
-    ours["visual.patch_embed.proj.weight"] = ours.pop("visual.conv1.weight")
-    ours["visual.cls_token"] = ours.pop("visual.class_embedding")[None, None]
-    ours["visual.pos_embed"] = ours["visual.pos_embed"][None]
-    ours["image_projection.weight"] = ours.pop("visual.proj").T
+    """OpenAI's CLIP and open_clip's, whose image tower may be timm's."""
     config, view = beside.get("model_cfg", {}), beside.get("preprocess_cfg", {})
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     quick, remarks = openai or config.get("quick_gelu", False), []
     if not openai and "model_cfg" not in beside:  # the keys are the same for both
         remarks = ["the file does not say whether its towers have GELU or QuickGELU: GELU taken, as in open_clip's "
                    "models without 'quickgelu' in their names"]
     if view.get("resize_mode", "shortest") != "shortest":
         remarks.append(f"made for pictures resized by '{view['resize_mode']}': here they are cropped")
-    known = dict(pre_norm=True, image_norm_eps=1e-5, quick_gelu=(quick, quick), interpolation=_named(view))
-    if "head_width" in config.get("vision_cfg", {}):
-        known["heads"] = config["vision_cfg"]["width"] // config["vision_cfg"]["head_width"]
+    if "visual.trunk.cls_token" in state:
+        if vision.get("timm_pool", "token") != "token":
+            raise ValueError(f"its image feature is timm's '{vision['timm_pool']}' of the tokens, not the class token")
+        ours = _renamed(state, "visual.trunk.", (("visual.trunk.", "visual."),))
+        ours["image_projection.weight"] = state["visual.head.proj.weight"].float()
+        known = _timm_settings(state, {"architecture": vision.get("timm_model_name", "")} | beside, quick)
+    else:
+        ours = _renamed(state, "visual.", (("visual.transformer.resblocks", "visual.blocks"), ("ln_pre", "norm_pre"),
+                                           ("ln_post", "norm"), *CLIP_BLOCK))
+        ours["visual.patch_embed.proj.weight"] = ours.pop("visual.conv1.weight")
+        ours["visual.cls_token"] = ours.pop("visual.class_embedding")[None, None]
+        ours["visual.pos_embed"] = ours["visual.pos_embed"][None]
+        ours["image_projection.weight"] = ours.pop("visual.proj").T
+        known = dict(pre_norm="visual.ln_pre.weight" in state, quick_gelu=(quick, quick),
+                     image_norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5))
+        if "head_width" in vision:
+            known["heads"] = vision["width"] // vision["head_width"]
+    if "heads" in text:
+        known["text_heads"] = text["heads"]
     return _finished(ours | _clip_text(state), "clip", view.get("mean", CLIP_MEAN), view.get("std", CLIP_STD), remarks,
-                     **known)
+                     beside.get("merges"), interpolation=_named(view), **known)
 
 
 def _named(view):
@@ -344,20 +367,37 @@ def _hugging_face(state, beside):
     for tower, field in zip(towers, ("heads", "text_heads"), strict=True):
         if "num_attention_heads" in tower:
             known[field] = tower["num_attention_heads"]
-    remarks = [] if beside else ["no config.json beside the file: QuickGELU, CLIP's mean and deviation of pixels taken"]
+    remarks = [] if beside.keys() - {"merges"} else ["no config.json beside the file: QuickGELU, CLIP's mean and "
+                                                     "deviation of pixels taken"]
     return _finished(ours, "clip", beside.get("image_mean", CLIP_MEAN), beside.get("image_std", CLIP_STD), remarks,
-                     **known)
+                     beside.get("merges"), **known)
+
+
+def _timm_settings(state, beside, quick_text=True):
+    """What the shapes of timm's ViT do not say, by its config.json or, where that is not there, by its name."""
+    name, given = beside.get("architecture", ""), beside.get("model_args", {})
+    act = given.get("act_layer", "quick_gelu" if "quickgelu" in name else "gelu")
+    known = dict(pre_norm=any(name.endswith("norm_pre.weight") for name in state),
+                 quick_gelu=(act == "quick_gelu", quick_text), image_norm_eps=1e-5 if "_clip_" in name else 1e-6)
+    return known | ({"heads": given["num_heads"]} if "num_heads" in given else {})
 
 
 def _timm(state, beside):
-    """timm's and MAE's ViTs, without their heads and decoders."""
+    """timm's, MAE's and BEiT's ViTs, without their heads and decoders."""
+    for name in state:
+        if "relative_position" in name or "gamma_" in name:
+            raise ValueError(f"it has {name}: BEiT's relative positions and layer scale are not known here")
+    for name in [name for name in state if name.endswith("attn.q_bias")]:  # BEiT's keys have no bias
+        q, v = (state.pop(name.replace("q_bias", f"{part}_bias")) for part in "qv")
+        state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     heads = ("head.", "fc_norm.", "decoder", "mask_token")
     ours = {f"visual.{name}": x.float() for name, x in state.items() if not name.startswith(heads)}
     view = beside.get("pretrained_cfg", {})
     remarks = [] if view else ["the file does not name the mean and deviation of its pixels: ImageNet's taken (MAE and "
                                "DeiT have these; some of timm's have 0.5)"]
     return _finished(ours, "mae" if "mask_token" in state else "vit", view.get("mean", data.IMAGENET_MEAN),
-                     view.get("std", data.IMAGENET_STD), remarks, interpolation=_named(view))
+                     view.get("std", data.IMAGENET_STD), remarks, interpolation=_named(view),
+                     **_timm_settings(state, beside))
 
 
 def load_model(path):
