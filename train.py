@@ -36,6 +36,7 @@ import data
 import evaluate
 import losses
 import model as models
+from downstream import pictures
 from tokenizer import Tokenizer
 
 
@@ -960,7 +961,7 @@ def loop(run, log):
                 saved_step = run.step
                 if epoch_ends:
                     prune(out, epoch, config.keep)
-                evaluate.curves(out / "log.jsonl", out / "curves.svg")
+                pictures.curves(out / "log.jsonl", out / "curves.svg")
             except OSError as error:
                 if stop or run.step == stop_at:
                     raise
@@ -979,7 +980,10 @@ def loop(run, log):
         place.say(f"stopped after --steps {run.step} of {run.total}; without --steps the same command goes on")
     else:
         names = [name for name in evaluate.EVALUATIONS if has_text != (name == "linear") and name not in results]
-        place.say(report(run.pairs, results | evaluations(run, names)))
+        results |= evaluations(run, names)
+        place.say(report(run.pairs, results))
+        if log:
+            write_report(run, results)
 
 
 def check(run, values, bad, saved_step):
@@ -1019,6 +1023,19 @@ def report(pairs, results):
         mean = sum(unseen[name] for name in data.HELD_OUT) / len(data.HELD_OUT)
         lines.append(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")
     return "\n".join(lines)
+
+
+def write_report(run, results):
+    """results.json and report.html of a run that is done: what goes wrong here is a warning."""
+    out, home = Path(run.config.out), Path(run.pairs.sources[0].folder).resolve().parent
+    try:
+        records = evaluate.Records(evaluate.Cache(out / "last.pt"), run.model)
+        for flag, result in results.items():
+            records.add(f"{flag} {home.name}", result)
+        evaluate.report([out], out / "report.html", run.config.root)
+        run.place.say(f"report: {out / 'report.html'}")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of memory for a model on the CPU
+        run.place.say(f"warning: {out / 'report.html'} not written: {error}")
 
 
 def run(config):
