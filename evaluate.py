@@ -7,6 +7,7 @@ sets stand in prompts.json.  The newest checkpoint under runs/ is taken unless -
     python evaluate.py --zeroshot imagenet icinw --retrieval flickr30k coco --linear imagenet
     python evaluate.py --zeroshot FOLDER/WITH/CLASS/FOLDERS --checkpoint runs/demo-maskclip/last.pt ViT-B-16.pt
     python evaluate.py --heatmap picture.png "a red star above a blue circle"
+    python evaluate.py --report runs/a runs/b
 """
 import argparse
 import dataclasses
@@ -34,12 +35,13 @@ import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
 import model as models
 import tokenizer as words
+from downstream import pictures
 from tokenizer import Tokenizer, write_atomically
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP
@@ -219,7 +221,8 @@ def _recognised(state, beside):
         if "tokenizer" in state:
             return ours | dict(tokenizer=state["tokenizer"])
         tower = {name: x for name, x in ours["model"].items() if name.startswith("visual.")}  # of downstream/'s runs
-        return ours | dict(model=tower, remarks=["the image tower of a run that went on from it, without its head"])
+        return ours | dict(model=tower, config=dataclasses.replace(ours["config"], method="vit"),
+                           remarks=["a tower that was trained further: its head is left out"])
     program, state = "torchscript" in state, _tensors(state)
     text = {"token_embedding.weight", "text_projection", "ln_final.weight", "positional_embedding"}
     towers = ({"visual.conv1.weight", "visual.class_embedding", "visual.proj"},
@@ -997,124 +1000,190 @@ def linear_mocov3(model, sets, cache=NO_CACHE, features="cls", epochs=90, batch_
 
 # ---------------------------------------------------------------- pictures
 
-# Five colours of matplotlib's viridis, dark to light: legible in grey and to the colour-blind.
-VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 # Words that name no thing in a picture.
 SMALL_WORDS = set("a an the and or of in on at to with by is are there left right above below picture".split())
+SHOWN = 12  # pictures of a folder in one sheet: our choice, what a screen or two can hold
+
+
+def things(caption):
+    """The words of a caption that may name something in a picture, each once."""
+    words = dict.fromkeys(word.strip(".,;:!?\"'") for word in caption.lower().split())
+    return [word for word in words if word and word not in SMALL_WORDS]
 
 
 def heatmap(model, tokenizer, image, caption, path, side=224):
-    """Write a PNG: the picture, and for each word of the caption where in the picture it is.
+    """Write a PNG: the picture, and for each word of the caption where in the picture it is."""
+    pictures.save(heat_sheet(caption, heat_rows(model, tokenizer, image, caption, side)), path)
+
+
+def heat_sheet(title, rows):
+    """Rows of `heat_rows` under a title, above the colour scale."""
+    return pictures.sheet(title, rows, pictures.colour_scale("relative similarity: lowest", "highest"))
+
+
+@torch.no_grad()
+def heat_rows(model, tokenizer, image, caption, side=224, name="picture", columns=7):
+    """A picture and a map for each word of a caption, `side` pixels each.  -> rows of pictures.sheet
 
     A map is the similarity of each patch to the word, less the word's mean over the picture (where is it?) and the
     patch's mean over the words (which is it?), where there are more than two.
-    Each runs from its own lowest to its own highest value, which are printed.
     """
-    words = list(dict.fromkeys(word.strip(".,;:!?\"'") for word in caption.lower().split()))
-    words = [word for word in words if word and word not in SMALL_WORDS]
+    words = things(caption)
     if not words:
         raise ValueError(f"--heatmap: the caption {caption!r} has no word to look for")
-    pixels = torch.from_numpy(np.array(data.center_crop(image, model.config.image_size)))[None]
-    with torch.no_grad():
-        patches = F.normalize(model.encode_patches(data.normalize(pixels.to(_device(model)))).float().cpu()[0], dim=1)
-    maps = zeroshot_classifier(model, tokenizer, words, ("{}", "a {}")) @ patches.T                      # (words, N)
+    # Not by zeroshot_classifier, in which all ranks of a training run would have to take part.
+    rows = [torch.cat([F.normalize(model.encode_text(tokenizer(prompt, model.config.context_length).to(_device(model)))
+                                   .float().cpu(), dim=1) for prompt in (word, f"a {word}")]) for word in words]
+    classifier = F.normalize(torch.stack(rows).mean(1), dim=1)                                           # (words, E)
+    patches = F.normalize(model.encode_patches(_pixels(model, [image])).float().cpu()[0], dim=1)         # (N, E)
+    maps = classifier @ patches.T                                                                        # (words, N)
     if len(words) > 2:  # of two words, each map would be the other's negative
         maps = maps - maps.mean(0)
     maps = (maps - maps.mean(1, keepdim=True)).view(-1, model.config.grid, model.config.grid).numpy()
-    picture = data.center_crop(image, side)
-    panels = [("picture", picture)]
-    for word, values in zip(words, maps):
-        low, high = values.min(), values.max()
-        shown = np.array(Image.fromarray(values).resize((side, side), Image.BICUBIC))
-        panels.append((f"{word}  ({low:+.2f} to {high:+.2f})",
-                       Image.blend(picture, _coloured((shown - low) / (high - low + 1e-9)), 0.7)))
-    _sheet(panels, caption).save(path)
+    return pictures.word_rows(name, data.center_crop(image, side), words, maps, columns)
 
 
-def _coloured(share):
-    """Values from 0 to 1 -> RGB picture in VIRIDIS."""
-    place = share.clip(0, 1) * (len(VIRIDIS) - 1)
-    channels = [np.interp(place, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
-    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+def _pixels(model, images):
+    """PIL pictures as the model sees them, (n, 3, H, W) normalised on its device."""
+    view = evaluation_view(model.config)
+    return data.normalize(torch.from_numpy(np.stack([np.array(view(image)) for image in images])).to(_device(model)))
 
 
-def _sheet(panels, title, columns=7, gap=8):
-    """Titled pictures in rows, under a title, above the colour scale."""
-    side, line = panels[0][1].width, 24
-    big, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    columns = min(columns, len(panels))
-    width = max(columns * (side + gap) + gap, int(big.getlength(title)) + 2 * gap, 470)
-    rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (width, 40 + rows * (side + line + gap) + 36), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 8), title, "black", big)
-    for i, (name, picture) in enumerate(panels):
-        x, y = gap + i % columns * (side + gap), 40 + i // columns * (side + line + gap)
-        pen.text((x, y), name, "black", small)
-        sheet.paste(picture, (x, y + line))
-    y = sheet.height - 28
-    pen.text((gap, y), "relative similarity: lowest", "black", small)
-    sheet.paste(_coloured(np.tile(np.linspace(0, 1, 160), (14, 1))), (220, y + 3))
-    pen.text((390, y), "highest", "black", small)
-    return sheet
+def mask_sheet(named, config, training, side=224):
+    """What the masks of training hide.  named: [(name, PIL picture)]; training: settings of the run, {} if unknown."""
+    ratio, grid = training.get("mask_ratio", 0.75), (config.grid, config.grid)
+    side, rows = side // config.grid * config.grid or config.grid, []
+    for i, (name, image) in enumerate(named):
+        masks = dict(block=data.block_mask(grid, ratio, np.random.default_rng(i)).reshape(grid),
+                     random=data.random_mask(config.grid ** 2, ratio, np.random.default_rng(i)).reshape(grid))
+        rows.append(pictures.mask_row(name, data.center_crop(image, side), masks, training.get("mask", "block")))
+    masks = "mask" in training and "mask" in models.METHODS[config.method].needs
+    trained = f"; this run trains with {training['mask']} masks" if masks else ""
+    return pictures.sheet(f"Masks of {100 * ratio:.0f} % of {config.grid} x {config.grid} patches{trained}", rows)
 
 
-# name of a panel -> the values of log.jsonl in it
-PANELS = {
-    "contrastive loss": ("image", "text"), "masked and self-supervised losses": ("distill", "mlm", "pixel", "simclr"),
-    "accuracy in the batch": ("accuracy",), "score while training": ("zeroshot", "linear"),
-    "scale 1 / sigma": ("scale",), "learning rate": ("lr",), "teacher's momentum": ("ema",),
-    "norm of the gradient": ("grad_norm",), "pictures/s": ("pictures_per_s",),
-    "share of time waiting for data": ("data_wait",),
-}
-OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind eyes too
+@torch.no_grad()
+def codeword_sheet(model, named, side=224):
+    """The student's most likely codeword of each patch.  named: [(name, PIL picture)].  ValueError: not MaskCLIP's."""
+    if model.config.method != "maskclip":
+        raise ValueError(f"--codewords needs a MaskCLIP checkpoint: {model.config.method} has no codewords")
+    grid = model.config.grid
+    x = model.visual(_pixels(model, [image for _, image in named]))[:, 1:]                               # (n, N, D)
+    ids = model.codewords(x).argmax(-1).view(-1, grid, grid).cpu().numpy()
+    side = side // grid * grid or grid
+    return pictures.codeword_sheet([(name, data.center_crop(image, side)) for name, image in named], ids,
+                                   model.config.codewords, columns=min(3, len(named)))
 
 
-def curves(log, path, width=460, height=190):
-    """Draw the curves of a log.jsonl over the steps as an SVG: two panels in a row, for a browser or a README."""
-    records = [json.loads(line) for line in Path(log).read_text("utf-8").splitlines()]
-    drawn, steps = [], (records[0]["step"], records[-1]["step"]) if records else (0, 0)
-    for title, names in PANELS.items():
-        lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in names}
-        lines = {name: points for name, points in lines.items() if points}
-        if lines:
-            x, y = len(drawn) % 2 * width, len(drawn) // 2 * height
-            drawn.append(f'<g transform="translate({x} {y})">{_panel(title, lines, steps, width, height)}</g>')
-    size = 2 * width, -(-len(drawn) // 2) * height
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" '
-            f'height="{size[1]}" font-family="sans-serif" font-size="12">')
-    lines = [head, '<rect width="100%" height="100%" fill="white"/>', *drawn, "</svg>\n"]
-    write_atomically(Path(path), "\n".join(lines).encode())
+def evenly(count, n):
+    """At most n of the numbers below count, evenly spread, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, n)})
 
 
-def _panel(title, lines, steps, width, height, left=72, top=28, right=14, bottom=26):
-    """One panel of `curves`: title and names, values at the axes, and a line for each of {name: [(step, value)]}."""
-    values = [value for points in lines.values() for _, value in points]
-    (first, last), low, high = steps, min(values), max(values)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+def neighbour_sheet(model, tokenizer, folder, side=184, queries=6, k=5):
+    """The nearest pictures of a few texts of a retrieval set, and the nearest texts of a few pictures."""
+    paths, texts, owners = data.karpathy(folder)
+    images, sentences = encode_unit(model, paths), encode_texts(model, tokenizer, texts)
+    owners = torch.tensor(owners)
+    of_picture = _own_texts(owners, len(paths))
 
-    def place(step, value):
-        return (left + (width - left - right) * (step - first) / max(1, last - first),
-                height - bottom - (height - top - bottom) * (value - low) / (high - low))
-    out = [f'<text x="{left}" y="18" font-weight="bold" fill="#222">{title}</text>']
-    for value in (low, (low + high) / 2, high):
-        y = place(first, value)[1]
-        out.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#ddd"/>'
-                   f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:.3g}</text>')
-    for step, anchor in ((first, "start"), (last, "end")):
-        out.append(f'<text x="{place(step, low)[0]:.1f}" y="{height - 8}" text-anchor="{anchor}" fill="#555">'
-                   f'step {step:,}</text>')
-    end = width - right
-    for name, colour in reversed(list(zip(lines, OKABE_ITO))):
-        points = lines[name][::max(1, len(lines[name]) // 1000)]  # more than the panel has pixels
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        dot = '<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*place(*points[-1]), colour)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>{dot}')
-        if len(lines) > 1:
-            out.append(f'<text x="{end}" y="18" text-anchor="end" fill="{colour}">{name}</text>')
-            end -= 8 * len(name) + 10
-    return "".join(out)
+    def thumb(i):
+        return data.center_crop(data.load_picture(paths[i]), side)
+
+    def found(kind, number, own, similarity, show):
+        """similarity (n,) to all, own (few,): the right ones.  -> a row of pictures.neighbour_sheet"""
+        ahead = int(_ahead(similarity[None], own[None])[0])
+        best, order = similarity.topk(min(k, len(similarity)))
+        return (f"{kind} {number + 1}: rank {ahead + 1}", texts[number] if kind == "text" else thumb(number),
+                [(s, show(i), i in own.tolist()) for s, i in zip(best.tolist(), order.tolist())])
+    searches = {
+        f"Texts, and the {k} nearest of {len(paths):,} pictures":
+            [found("text", i, owners[i:i + 1], images @ sentences[i], thumb) for i in evenly(len(texts), queries)],
+        f"Pictures, and the {k} nearest of {len(texts):,} texts":
+            [found("picture", i, of_picture[i], sentences @ images[i], texts.__getitem__)
+             for i in evenly(len(paths), queries)]}
+    return pictures.neighbour_sheet("Nearest neighbours in " + "/".join(Path(folder).resolve().parts[-2:]), searches,
+                                    side)
+
+
+# ---------------------------------------------------------------- the report of a run
+
+def about_run(folder, root="data"):
+    """All that pictures.report shows of the run in a folder, from last.pt, log.jsonl and results.json.
+
+    Raises FileNotFoundError for a folder with neither checkpoint nor log, ValueError for damaged files.
+    """
+    folder = Path(folder)
+    log, last = folder / "log.jsonl", folder / "last.pt"
+    if not log.is_file() and not last.is_file():
+        raise FileNotFoundError(f"{folder} is no run: it has neither last.pt nor log.jsonl")
+    records = pictures.read_log(log)
+    run = dict(name=folder.resolve().name, log=records, about={}, config={}, scores={}, paper={}, sheets=[], remarks=[])
+    newest = last if last.is_file() else log
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
+    if not last.is_file():
+        run["about"] = dict(folder=str(folder), date=date)
+        return run | dict(remarks=[f"{folder} has no last.pt yet: its log is all there is."])
+    state = read_checkpoint(last)
+    config, made_by = state.get("config", {}), state.get("made_by", {})
+    method, step = state["model_config"]["method"], state.get("step", 0)
+    epoch = next((record.get("epoch", 0) for record in reversed(records) if record["step"] <= step), 0)
+    names = config.get("data", [])
+    names = [names] if isinstance(names, str) else names  # downstream/'s runs have one
+    run["about"] = dict(
+        folder=str(folder), method=method, model=config.get("checkpoint") or config.get("model", "-"),
+        parameters=f"{sum(x.numel() for x in state['model'].values()) / 1e6:.1f} M",
+        data=f"{', '.join(names)}: {state.get('pairs', '-').partition(',')[0]}", steps=f"{step:,}",
+        epochs=f"{epoch:.2f} of {config.get('epochs', '-')}", date=date, **made_by)
+    run["config"] = {name: " ".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in config.items()}
+    run["paper"] = data.prompts()["paper"].get(method, {})
+    of_last = Cache(last).sha256
+    for record in read_records(folder / "results.json"):
+        if record.get("sha256") == of_last:  # not of an epoch before, nor of another run that was here
+            counts = [f"{n:,} {what.replace('_', ' ')}" for what, n in record["protocol"].items()
+                      if what in ("pictures", "classes", "texts", "training_pictures")]
+            twin = run["scores"].get(record["task"], record)["protocol"]  # the same by another protocol
+            other = [f"{name} {x}" for name, x in record["protocol"].items() if name != "place" and twin.get(name) != x]
+            task = record["task"] + f" ({', '.join(other)})" * bool(other)
+            run["scores"][task] = record | dict(over=", ".join(counts))
+    try:
+        run["sheets"] = run_sheets(last, config, names, root) if "tokenizer" in state else []
+        for file in [folder / "predictions.png"] if (folder / "predictions.png").is_file() else ():
+            run["sheets"].append(("Test pictures, their labels, and what the run says.", data.load_picture(file)))
+    except (OSError, ValueError) as error:  # of the test pictures: the numbers are there all the same
+        run["remarks"].append(f"No pictures: {error}")
+    return run
+
+
+def run_sheets(path, config, names, root, count=3, side=160):
+    """Word maps, masks and codewords of a few test pictures of the run's own data.  -> [(caption, picture)]"""
+    first = str(next(iter(names), "")).partition(":")[0]
+    homes = [Path(home) / first for home in (config.get("root", ""), root)] + [Path(first), Path(first).parent]
+    home = next((home / "val" for home in homes if first and (home / "val/karpathy.json").is_file()), None)
+    if home is None:
+        return []
+    (model, tokenizer), (paths, texts, owners) = load_model(path), data.karpathy(home)
+    chosen = evenly(len(paths), count)
+    named = [(paths[i].name, data.load_picture(paths[i])) for i in chosen]
+    sheets = []
+    if tokenizer:
+        captions = [texts[owners.index(i)] if i in owners else "" for i in chosen]
+        rows = [[caption, *heat_rows(model, tokenizer, image, caption, side, name, columns=4)]
+                for (name, image), caption in zip(named, captions) if things(caption)]
+        if rows:
+            sheets.append(("Where the words of a caption are: each patch's similarity to each word.",
+                           heat_sheet("Word maps", sum(rows, []))))
+    if "mask" in models.METHODS[model.config.method].needs:
+        sheets.append(("What is hidden from the student in training.", mask_sheet(named, model.config, config, side)))
+    if model.config.method == "maskclip":
+        sheets.append(("Patches with the same colour have the same most likely codeword; grey: less frequent ones.",
+                       codeword_sheet(model, named, side)))
+    return sheets
+
+
+def report(folders, path, root="data"):
+    """Write the report of runs, by their folders, to an HTML file.  Raises OSError, ValueError."""
+    pictures.report([about_run(folder, root) for folder in folders], path)
 
 
 # ---------------------------------------------------------------- the command line
@@ -1164,26 +1233,27 @@ def provenance():
                 pillow=PIL.__version__)
 
 
+def read_records(path):
+    """The records of a results.json, [] without.  Raises ValueError for another kind of file, which stays as it is."""
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text("utf-8"))
+        if all(isinstance(record["scores"], dict) for record in records):
+            return records
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path} was not written by evaluate.py: move it away, so that it is not overwritten")
+
+
 class Records:
     """results.json beside a checkpoint: a list of all that was measured there, one record per task and protocol."""
 
     def __init__(self, cache, model):
         self.path = cache.path.parent / "results.json"
         self.about = dict(checkpoint=cache.path.name, sha256=cache.sha256, model=dataclasses.asdict(model.config),
-                          model_remarks=model.remarks)
-        self.read()  # told now, not after hours
-
-    def read(self):
-        """The records.  Raises ValueError for another kind of file, which is left as it is."""
-        if not self.path.exists():
-            return []
-        try:
-            records = json.loads(self.path.read_text("utf-8"))
-            if all(isinstance(record["scores"], dict) for record in records):
-                return records
-        except (ValueError, TypeError, KeyError):
-            pass
-        raise ValueError(f"{self.path} was not written by evaluate.py: move it away, so that it is not overwritten")
+                          model_remarks=list(getattr(model, "remarks", ())))
+        read_records(self.path)  # told now, not after hours
 
     def add(self, task, result):
         """Replaces the record of the same weights, model, task and protocol."""
@@ -1194,7 +1264,7 @@ class Records:
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation may be adding its own
-            kept = [old for old in self.read() if any(old.get(name) != record[name] for name in same)]
+            kept = [old for old in read_records(self.path) if any(old.get(name) != record[name] for name in same)]
             write_atomically(self.path, (json.dumps([*kept, record], indent=1) + "\n").encode())
         except OSError as error:
             print(f"warning: {self.path} not written: {error}", file=sys.stderr)
@@ -1320,19 +1390,41 @@ def run(args):
         raise ValueError("; ".join(dict.fromkeys(failed)))
 
 
-def draw(args):
-    """--heatmap: a word map of a picture."""
-    path = args.checkpoint[0] if args.checkpoint else newest_checkpoint()
-    model, tokenizer = load_model(path)
-    if tokenizer is None:
-        raise ValueError(f"--heatmap needs a text encoder, and {path} ({model.config.method}) has none")
-    file, caption = args.heatmap
-    try:
-        image = data.decode(Path(file).read_bytes())
-    except data.BAD_IMAGE as error:
-        raise ValueError(f"--heatmap: cannot read the picture {file}: {error}") from error
-    heatmap(model, tokenizer, image, caption, args.output)
-    print(f"wrote {args.output}")
+SHEETS = ("heatmap", "masks", "neighbours", "codewords")  # flags that draw a picture
+
+
+def draw(args, flag):
+    """One of SHEETS, of one checkpoint."""
+    path, asked = args.checkpoint[0] if args.checkpoint else newest_checkpoint(), getattr(args, flag)
+    output = args.output or f"{flag}.png"
+    if flag == "masks":
+        state = _load(path)
+        ours = "model_config" in state
+        config = models.ModelConfig(**state["model_config"]) if ours else read_weights(path)["config"]
+        sheet = mask_sheet(named_pictures(asked), config, state.get("config", {}) if ours else {})
+    else:
+        model, tokenizer = load_model(path)
+        if flag != "codewords" and tokenizer is None:
+            raise ValueError(f"--{flag} needs a text encoder, and {path} ({model.config.method}) has none")
+        if flag == "codewords":
+            sheet = codeword_sheet(model, named_pictures(asked))
+        elif flag == "neighbours":
+            sheet = neighbour_sheet(model, tokenizer, find(asked, args.root, "val"))
+        else:
+            place, caption = asked
+            files = data.picture_files(place) if Path(place).is_dir() else [place]
+            if not files:
+                raise ValueError(f"--heatmap: no pictures in the folder {place}")
+            title = caption if len(files) <= SHOWN else f"{caption} (the first {SHOWN} of {len(files)} pictures)"
+            sheet = heat_sheet(title, sum((heat_rows(model, tokenizer, image, caption, name=name)
+                                           for name, image in named_pictures(files[:SHOWN])), []))
+    pictures.save(sheet, output)
+    print(f"wrote {output}")
+
+
+def named_pictures(paths):
+    """-> [(name, PIL picture)].  Raises ValueError that names the first which cannot be read."""
+    return [(Path(path).name, data.load_picture(path)) for path in paths]
 
 
 def main():
@@ -1359,14 +1451,26 @@ def main():
     parser.add_argument("--epochs", type=int, help="--protocol mocov3 (default: 90)")
     parser.add_argument("--batch-size", type=int, help="--protocol mocov3: of all ranks together (default: 1024)")
     parser.add_argument("--lr", type=float, help="--protocol mocov3 (default: 3 x batch / 256)")
-    parser.add_argument("--heatmap", nargs=2, metavar=("IMAGE", "CAPTION"), help="write a word map of a picture")
-    parser.add_argument("--output", default="heatmap.png", help="where --heatmap writes (default: heatmap.png)")
+    parser.add_argument("--heatmap", nargs=2, metavar=("IMAGE", "CAPTION"), help="draw where each word is in a picture,"
+                        f" or in the first {SHOWN} of a folder")
+    parser.add_argument("--masks", nargs="+", metavar="IMAGE", help="draw what is hidden from the student")
+    parser.add_argument("--neighbours", metavar="NAME|PATH", help="draw what is nearest to some texts and pictures "
+                        "of a set for --retrieval")
+    parser.add_argument("--codewords", nargs="+", metavar="IMAGE", help="draw each patch's most likely codeword")
+    parser.add_argument("--report", nargs="+", metavar="RUN", help="write an HTML page on a run, or comparing several")
+    parser.add_argument("--output", help="where one of --heatmap, --masks, --neighbours, --codewords, --report writes "
+                        "(default: its name with .png; RUN/report.html, of several runs ./report.html)")
     args = parser.parse_args()
-    if not any((args.zeroshot, args.retrieval, args.dense, args.linear, args.heatmap)):
-        parser.error("nothing to do: give --zeroshot, --retrieval, --dense, --linear or --heatmap")
+    flags = ("zeroshot", "retrieval", "dense", "linear", *SHEETS, "report")
+    asked = [flag for flag in flags if getattr(args, flag)]
+    drawn = [flag for flag in asked if flag in (*SHEETS, "report")]
+    if not asked:
+        parser.error(f"nothing to do: give one of --{', --'.join(flags)}")
+    if args.output and len(drawn) > 1:
+        parser.error("--output names one file: give one of " + ", ".join(f"--{flag}" for flag in drawn))
     for name, ready, what in (("templates", args.zeroshot, "--zeroshot"), ("synonyms", args.zeroshot, "--zeroshot"),
                               ("names", args.zeroshot, "--zeroshot"), ("features", args.linear, "--linear"),
-                              ("protocol", args.linear, "--linear"), ("output", args.heatmap, "--heatmap"),
+                              ("protocol", args.linear, "--linear"), ("output", drawn, "pictures and reports"),
                               *((name, args.protocol == "mocov3", "--protocol mocov3")
                                 for name in ("epochs", "batch_size", "lr"))):
         given = getattr(args, name) != parser.get_default(name)
@@ -1376,8 +1480,9 @@ def main():
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if args.templates == 7 and "imagenet" not in map(data.known_name, args.zeroshot):
         parser.error("--templates 7 is for --zeroshot imagenet")
-    if args.heatmap and len(args.checkpoint or ()) > 1:
-        parser.error("--heatmap draws one checkpoint's map")
+    for flag in drawn:
+        if flag != "report" and len(args.checkpoint or ()) > 1:
+            parser.error(f"--{flag} draws one checkpoint's picture")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 (ELEVATER, SLIP)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1387,8 +1492,13 @@ def main():
             dist.init_process_group("gloo", timeout=timedelta(days=2))
         if args.zeroshot or args.retrieval or args.dense or args.linear:
             run(args)
-        if args.heatmap and ranks()[0] == 0:
-            draw(args)
+        for flag in drawn if ranks()[0] == 0 else ():
+            if flag == "report":
+                one = Path(args.report[0], "report.html") if len(args.report) == 1 else Path("report.html")
+                report(args.report, args.output or one, args.root)
+                print(f"wrote {args.output or one}")
+            else:
+                draw(args, flag)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {str(error).splitlines()[-1]}")
     except KeyboardInterrupt:

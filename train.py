@@ -36,6 +36,7 @@ import data
 import evaluate
 import losses
 import model as models
+from downstream import pictures
 from tokenizer import Tokenizer
 
 
@@ -795,11 +796,19 @@ class Pretraining(Run):
             self.place.say(f"--eval-every: no test set could be evaluated beside {self.pairs.sources[0].folder}")
         return results
 
-    def report(self, results):
-        """The last evaluation's results and those that it lacks, as a table."""
+    def finish(self, results):
+        """The last evaluation's results and those that it lacks."""
         has_text = "text" in self.model.needs
         names = [name for name in evaluate.EVALUATIONS if has_text != (name == "linear") and name not in results]
-        return report(self.pairs, results | evaluations(self, names))
+        return results | evaluations(self, names)
+
+    def table(self, results):
+        """Results as text."""
+        return report(self.pairs, results)
+
+    def tests(self):
+        """What the test sets are called."""
+        return Path(self.pairs.sources[0].folder).resolve().parent.name
 
 
 def open_pairs(config, place):
@@ -1033,7 +1042,7 @@ def loop(run, log):
                 saved_step = run.step
                 if epoch_ends:
                     prune(out, epoch, config.keep)
-                evaluate.curves(out / "log.jsonl", out / "curves.svg")
+                pictures.curves(out / "log.jsonl", out / "curves.svg")
             except OSError as error:
                 if stop or run.step == stop_at:
                     raise
@@ -1051,7 +1060,10 @@ def loop(run, log):
     elif run.step < run.total:
         place.say(f"stopped after --steps {run.step} of {run.total}; without --steps the same command goes on")
     else:
-        place.say(run.report(results))
+        results = run.finish(results)
+        place.say(run.table(results))
+        if log:
+            write_report(run, results)
 
 
 def check(run, values, bad, saved_step):
@@ -1091,6 +1103,19 @@ def report(pairs, results):
         mean = sum(unseen[name] for name in data.HELD_OUT) / len(data.HELD_OUT)
         lines.append(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(data.HELD_OUT)}")
     return "\n".join(lines)
+
+
+def write_report(run, results):
+    """results.json and report.html of a run that is done: what goes wrong here is a warning."""
+    out = Path(run.config.out)
+    try:
+        records = evaluate.Records(evaluate.Cache(out / "last.pt"), run.model)
+        for task, result in results.items():
+            records.add(f"{task} {run.tests()}", result)
+        evaluate.report([out], out / "report.html", run.config.root)
+        run.place.say(f"report: {out / 'report.html'}")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of memory for a model on the CPU
+        run.place.say(f"warning: {out / 'report.html'} not written: {error}")
 
 
 def run(config, open_run=open_run):

@@ -374,14 +374,18 @@ class Tuning(train.Run):
                     over=f"{len(scores):,} pictures of {len(tests.names):,} classes, {self.size:,} to train",
                     protocol=evaluate.about(tests) | dict(config=dataclasses.asdict(self.config)))
 
-    def report(self, results):
-        """The last evaluation as a table; also a record in results.json."""
-        (task, result), = (results or self.evaluate()).items()
-        task = f"{task} {result['protocol']['set']}"
-        if self.place.rank == 0:
-            cache = evaluate.Cache(Path(self.config.out) / "last.pt")
-            evaluate.Records(cache, self.model).add(task, result)
-        return evaluate.table({"": {task: result}}, [self.model.config.method])
+    def finish(self, results):
+        """The last evaluation's results."""
+        return results or self.evaluate()
+
+    def table(self, results):
+        """Results as text, with the paper's where it has any."""
+        named = {f"{task} {self.tests()}": result for task, result in results.items()}
+        return evaluate.table({"": named}, [self.model.config.method])
+
+    def tests(self):
+        """What the test set is called."""
+        return self.sets[1].name
 
 
 def open_run(config, place):

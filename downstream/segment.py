@@ -25,7 +25,7 @@ import evaluate
 import losses
 import model as models
 import train
-from downstream import finetune
+from downstream import finetune, pictures
 from train import flag
 
 IGNORE = 255  # beside the classes 0 .. C - 1: in none, or not in the picture
@@ -326,6 +326,19 @@ class Segmentation(finetune.Tuning):
         with self.amp:
             logits = slide(model, data.normalize(pixels), size, size * 341 // 512).float()
         return resized(logits, image.size[::-1])[0].argmax(0).cpu()
+
+    def table(self, results):
+        """Results as text; predictions.png shows them."""
+        model, tests = (self.teacher or self.model).eval(), self.sets[1]
+        if self.place.rank == 0:
+            shown = evaluate.evenly(len(tests.pictures), 6)
+            examples = [(tests.pictures[i].name, image, np.array(label), self.guess(model, image).numpy())
+                        for i, (image, label) in ((i, tests.load(i)) for i in shown)]
+            (mean, *_), = (result["scores"].values() for result in results.values())
+            pictures.save(pictures.label_sheet(f"{tests.name}: mIoU {100 * mean:.1f} on {len(tests.pictures):,} "
+                                               "pictures, evenly chosen ones of them", examples, tests.names),
+                          Path(self.config.out) / "predictions.png")
+        return super().table(results)
 
     def measure(self, model):
         """mIoU and pixel accuracy on the test set, each picture at its own size."""

@@ -293,7 +293,7 @@ def test_two_evaluations_at_once_keep_each_other_s_records(tmp_path):
         config=evaluate.models.ModelConfig(), remarks=[]))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: records.add(f"task {n}", dict(scores={"x": n})), range(40)))
-    assert sorted(r["scores"]["x"] for r in records.read()) == list(range(40))
+    assert sorted(r["scores"]["x"] for r in evaluate.read_records(records.path)) == list(range(40))
 
 
 def test_results_json_that_is_not_ours_is_left_alone(tmp_path):

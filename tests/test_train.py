@@ -28,6 +28,7 @@ import evaluate
 import losses
 import model as models
 import train
+from downstream import pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -488,10 +489,10 @@ def test_curves_show_what_the_log_holds(shards, tmp_path):
     assert [points[i][1] for i in order] == sorted(points[i][1] for i in order)  # a higher loss stands higher
     records = [dict(step=1, image=2.0), dict(step=2, image=None), dict(step=3, image=2.0)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    evaluate.curves(tmp_path / "log.jsonl", tmp_path / "flat.svg")  # a constant, and a value that was not finite
+    pictures.curves(tmp_path / "log.jsonl", tmp_path / "flat.svg")  # a constant, and a value that was not finite
     assert "nan" not in (tmp_path / "flat.svg").read_text()
     (tmp_path / "log.jsonl").write_text("")
-    evaluate.curves(tmp_path / "log.jsonl", tmp_path / "none.svg")
+    pictures.curves(tmp_path / "log.jsonl", tmp_path / "none.svg")
     assert ElementTree.parse(tmp_path / "none.svg").getroot().tag.endswith("svg")
 
 
