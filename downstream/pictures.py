@@ -209,29 +209,47 @@ def colour_key(ids, colours, name, width):
     if others := len(np.unique(ids)) - len(colours):
         shares.append((GREY, f"{others} others: {100 * (~np.isin(ids, list(colours))).mean():.1f} %"))
     entries = [beside([Image.new("RGB", (20, 20), colour), text(label, 180)], 6) for colour, label in shares]
-    many = max(1, width // 214)
+    entries, many = entries or [text("nothing", 180)], max(1, width // 214)
     return beside([beside(entries[i:i + many]) for i in range(0, len(entries), many)], down=True)
 
 
 def label_sheet(title, examples, names, side=176):
-    """Pictures beside their labels and what a model says: the most frequent classes get colours, the others grey.
+    """Pictures beside their labels and what a model says: the most frequent classes get colours, all their names.
 
-    examples: [(name, picture, labels, guess)], both (H, W) int, classes 0 .. C - 1; labels above: none, left white
+    examples: [(name, picture, labels, guess)], both (H, W) int, classes 0 .. C - 1; labels above: none, left white, and
+    what the model says there is pale
     """
     labelled = np.concatenate([labels.ravel() for _, _, labels, _ in examples])
     labelled = labelled[labelled < len(names)]
     colours, rows = most_frequent(labelled), []
     for name, picture, labels, guess in examples:
         seen, size = labels < len(names), (side, max(1, round(side * picture.height / picture.width)))
-        right = f"{100 * (guess == labels)[seen].mean():.0f} % of them right" if seen.any() else "no labels"
-        shown = [in_colours(classes, colours) for classes in (labels, guess)]
-        shown[0].paste("white", mask=Image.fromarray(~seen).convert("L"))
-        rows.append([(name, picture.resize(size, Image.BICUBIC)),
-                     *zip(("labels", f"model: {right}"), (image.resize(size, Image.NEAREST) for image in shown))])
+        right = f"{100 * (guess == labels)[seen].mean():.0f} % right" if seen.any() else "no labels"
+        maps = []
+        for classes, veil in ((labels, 255), (guess, 190)):
+            image = in_colours(classes, colours)
+            image.paste("white", mask=Image.fromarray(np.where(seen, 0, veil).astype(np.uint8)))
+            maps.append(with_names(image.resize(size, Image.NEAREST), np.where(seen, classes.astype(int), -1),
+                                   names))
+        rows.append([(name, picture.resize(size, Image.BICUBIC)), ("labels", maps[0]), (f"model: {right}", maps[1])])
     rows = [sum(rows[i:i + 2], []) for i in range(0, len(rows), 2)]
-    key = colour_key(labelled, colours, lambda k: names[k], len(rows[0]) * (side + GAP))
-    return sheet(title, rows, beside([key, text("White: without a label. Shares are of the labelled pixels.", 454)],
-                                     down=True))
+    width = len(rows[0]) * (side + GAP)
+    key = colour_key(labelled, colours, lambda k: names[k], width)
+    note = text("Pale: without a label, like white. Shares are of the labelled pixels.", width)
+    return sheet(title, rows, beside([key, note], down=True))
+
+
+def with_names(image, classes, names, least=0.01):
+    """The name of each class written where its pixels are; classes (H, W) int, -1: none; least: share of the pixels."""
+    pen, scale = ImageDraw.Draw(image), image.width / classes.shape[1]
+    for k, count in zip(*np.unique(classes[classes >= 0], return_counts=True)):
+        if count >= least * classes.size:
+            y, x = (scale * np.median(places) for places in np.nonzero(classes == k))
+            face = font(12, names[k])
+            half = face.getlength(names[k]) / 2 + 3
+            x = min(max(x, half), max(image.width - half, half))  # inside the picture
+            pen.text((x, y), names[k], "black", face, anchor="mm", stroke_width=2, stroke_fill="white")
+    return image
 
 
 def numbered(patches, ids):

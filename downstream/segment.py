@@ -335,8 +335,8 @@ class Segmentation(finetune.Tuning):
             examples = [(tests.pictures[i].name, image, np.array(label), self.guess(model, image).numpy())
                         for i, (image, label) in ((i, tests.load(i)) for i in shown)]
             (mean, *_), = (result["scores"].values() for result in results.values())
-            pictures.save(pictures.label_sheet(f"{tests.name}: mIoU {100 * mean:.1f} on {len(tests.pictures):,} "
-                                               "pictures, evenly chosen ones of them", examples, tests.names),
+            title = f"{Path(tests.name).name}: mIoU {100 * mean:.1f} on {len(tests.pictures):,} test pictures such as"
+            pictures.save(pictures.label_sheet(title, examples, tests.names),
                           Path(self.config.out) / "predictions.png")
         return super().table(results)
 

@@ -254,6 +254,9 @@ def test_upernet_learns_and_scores(world, tmp_path):
     (record,) = json.loads((tmp_path / "results.json").read_text())
     assert record["scores"]["mIoU"] == lines[-1]["segment"] and record["protocol"]["pictures"] == 2
     assert "every fifth picture is a test picture" in record["remarks"][0]
+    assert Image.open(tmp_path / "predictions.png").width > 500
+    page = (tmp_path / "report.html").read_text()
+    assert "mIoU" in page and page.count("data:image/png") == 1 and "layer_decay" in page
 
 
 @pytest.mark.parametrize("kind, changes, more, message", [

@@ -141,6 +141,22 @@ def test_codeword_colours_follow_the_argmax(cells):
         evaluate.codeword_sheet(models.build(dataclasses.replace(SMALL, method="clip")), [("a", images[0])])
 
 
+def test_labels_and_guesses_have_the_colours_of_their_classes():
+    labels = np.full((20, 20), 255, np.uint8)
+    labels[:10], labels[10:, :10] = 1, 0
+    guess = np.ones((20, 20), int)
+    example = "a", Image.new("RGB", (20, 20), "red"), labels, guess
+    sheet = np.asarray(pictures.label_sheet("title", [example], ["sky", "sea"], 200))
+    sea, sky = (tuple(bytes.fromhex(pictures.OKABE_ITO[i][1:])) for i in (0, 1))  # the most frequent first
+
+    def pixels(colour, left):
+        return (sheet[:280, left:left + 200] == colour).all(2).sum()
+    assert 0.8 * 20000 < pixels(sea, 216) <= 20000 and 0.7 * 10000 < pixels(sky, 216) <= 10000
+    assert 0.8 * 30000 < pixels(sea, 424) <= 30000 and pixels(sky, 424) == 0  # of the labelled three quarters
+    none = pictures.label_sheet("title", [("a", Image.new("RGB", (20, 9)), np.full((9, 20), 255), guess[:9])], ["sky"])
+    assert none.width > 500
+
+
 def test_neighbours_are_those_of_a_loop_and_right_ones_are_framed(tmp_path, monkeypatch):
     folder, seen = retrieval_set(tmp_path / "mine"), {}
     plain = pictures.neighbour_sheet
