@@ -110,25 +110,14 @@ def resolve(given, kind, recipe, out, *ranges):
     else:
         given = given if "checkpoint" in given else given | dict(checkpoint=str(evaluate.newest_checkpoint()))
         shape = evaluate.read_weights(given["checkpoint"])["config"]
-    return settled(kind(**(recipe(shape, given) | given)))
+    config = settled(kind(**(recipe(shape, given) | given)))
+    if config.warmup_epochs >= config.epochs:
+        raise ValueError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}: give "
+                         "less")
+    return config
 
 
 # ---------------------------------------------------------------- the model, its layers' learning rates
-
-def load_tower(path, image_size=0):
-    """The image tower of any weights that evaluate.py reads, for pictures of another size if one is given.
-
-    -> {name in models.ViT: tensor}, ModelConfig.  Raises FileNotFoundError or ValueError.
-    """
-    weights = evaluate.read_weights(path)
-    config = weights["config"]
-    tower = {name.removeprefix("visual."): x for name, x in weights["model"].items() if name.startswith("visual.")}
-    if image_size % config.patch_size:  # 0 is none
-        raise ValueError(f"--image-size {image_size} is no multiple of the tower's patches of {config.patch_size}")
-    config = dataclasses.replace(config, image_size=image_size or config.image_size)
-    tower["pos_embed"] = resized_positions(tower["pos_embed"], config.grid)
-    return tower, config
-
 
 def resized_positions(positions, side):
     """Positions (1, 1 + n * n, D) of a class token and a grid -> (1, 1 + side * side, D), bicubic (BEiT, MAE)."""
@@ -145,7 +134,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config, classes):
         super().__init__()
-        self.config, self.remarks = config, []
+        self.config = config
         self.visual = models.ViT(config)
         self.head = nn.Linear(config.width, classes)
 
@@ -161,21 +150,30 @@ class Classifier(nn.Module):
 def build(config, kind, saved=None):
     """kind(ModelConfig) on --checkpoint's image tower or a fresh one; of a checkpoint of this run, not loaded yet.
 
-    Raises what load_tower raises.
+    Raises FileNotFoundError or ValueError.
     """
     torch.manual_seed(config.seed)
+    tower, remarks = {}, []
     if saved:
-        tower, shape = {}, models.ModelConfig(**saved["model_config"])
-    elif config.scratch:
-        preset = models.PRESETS[config.model]
-        tower, shape = {}, dataclasses.replace(preset, method="deit", image_size=config.image_size or preset.image_size)
+        shape = models.ModelConfig(**saved["model_config"])
     else:
-        tower, shape = load_tower(config.checkpoint, config.image_size)
+        if config.scratch:
+            shape = dataclasses.replace(models.PRESETS[config.model], method="deit")
+        else:
+            weights = evaluate.read_weights(config.checkpoint)
+            shape, remarks = weights["config"], weights["remarks"]
+            tower = {name.removeprefix("visual."): x for name, x in weights["model"].items()
+                     if name.startswith("visual.")}
+        shape = dataclasses.replace(shape, image_size=config.image_size or shape.image_size)
+        if shape.image_size % shape.patch_size:
+            raise ValueError(f"--image-size {shape.image_size} is no multiple of the tower's patches of "
+                             f"{shape.patch_size}")
     model = kind(shape)
     models.init_weights(model)
     model.init_head(bool(tower))
+    model.remarks = remarks
     if tower:
-        model.visual.load_state_dict(tower)
+        model.visual.load_state_dict(tower | dict(pos_embed=resized_positions(tower["pos_embed"], shape.grid)))
     for block, share in zip(model.visual.blocks, torch.linspace(0, config.drop_path, shape.depth).tolist()):
         block.drop_path = share  # timm: linear over the blocks
     return model
@@ -425,6 +423,8 @@ def open_tuning(kind, config, place, digest, model_of, **about):
     optimizer = torch.optim.AdamW(parameter_groups(model, config), config.lr, (0.9, 0.999), eps=1e-8,  # BEiT
                                   fused=True)
     run = kind(config, place, model, teacher, optimizer, size, digest, source, **about)
+    for line in model.remarks:
+        place.say(f"{config.checkpoint}: {line}")
     numbers = sum(p.numel() for p in model.parameters())
     run.start(saved, f"{config.checkpoint or 'random weights'}, {numbers / 1e6:.1f} M parameters; {config.data}: "
               f"{size:,} pictures")

@@ -147,7 +147,7 @@ class UPerNet(nn.Module):
 
     def __init__(self, config, classes):
         super().__init__()
-        self.config, self.remarks = config, []
+        self.config = config
         self.visual = models.ViT(config)
         self.visual.norm.requires_grad_(False)  # not used: the maps come from the residual stream (BEiT)
         n = config.depth
@@ -177,7 +177,7 @@ class Linear(nn.Module):
 
     def __init__(self, config, classes):
         super().__init__()
-        self.config, self.remarks = config, []
+        self.config = config
         self.visual = models.ViT(config).requires_grad_(False)
         self.conv_seg = nn.Conv2d(config.width, classes, 1)
 

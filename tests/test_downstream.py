@@ -237,6 +237,42 @@ def test_fine_tuning_learns_and_writes_what_it_found(world, tmp_path, capsys):
     assert f"{100 * record['scores']['accuracy']:.1f}" in capsys.readouterr().out
 
 
+def test_a_moving_average_is_kept_and_is_what_is_evaluated(world, tmp_path):
+    config = segment.parse(["--data", str(world / "pixels"), "--checkpoint", str(world / "run/last.pt"), "--ema", "0.8",
+                            "--batch-size", "2", "--workers", "0", "--epochs", "2", "--out", str(tmp_path)])
+    run = segment.open_run(config, train.join(1))
+    batches = run.batches(3)
+    average = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for _ in range(3):
+        run.advance(next(batches))
+        average = {name: 0.8 * average[name] + 0.2 * p.detach() for name, p in run.model.named_parameters()}
+    for name, p in run.teacher.named_parameters():
+        torch.testing.assert_close(p, average[name])
+    for name, x in run.teacher.named_buffers():  # batch norm's statistics are the newest
+        assert x.equal(dict(run.model.named_buffers())[name]), name
+    asked = []
+    run.measure = asked.append
+    run.evaluate()
+    assert asked == [run.teacher] and not run.teacher.training
+
+
+def test_each_step_sets_the_rates_of_its_layers(world, tmp_path):
+    config = finetune.parse(["--data", str(world / "classes"), "--checkpoint", str(world / "run/last.pt"), "--workers",
+                             "0", "--batch-size", "4", "--epochs", "4", "--warmup-epochs", "1", "--out", str(tmp_path)])
+    run = finetune.open_run(config, train.join(1))
+    batches = run.batches(6)
+    for step in range(6):
+        run.model.eval()  # as an evaluation leaves it
+        lr = run.advance(next(batches))[3]["lr"]
+        assert run.model.training
+        wanted = 1e-6 + (2e-3 - 1e-6) * step / 4 if step < 4 else (
+            1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * (step - 4) / 12)) / 2)
+        assert lr == pytest.approx(wanted)
+        for group in run.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(lr * group["scale"])
+    assert {group["scale"] for group in run.optimizer.param_groups} == {0.75 ** n for n in range(5)}
+
+
 def test_a_frozen_tower_stays_what_it_is(world, tmp_path):
     tune(world, tmp_path, kind=segment, head="linear", batch_size=2, steps=3)
     trained = evaluate.load_model(world / "run/last.pt")[0].visual.state_dict()
@@ -245,6 +281,7 @@ def test_a_frozen_tower_stays_what_it_is(world, tmp_path):
     fresh = finetune.build(segment.SegmentConfig(checkpoint=str(world / "run/last.pt"), image_size=64),
                            lambda shape: segment.Linear(shape, 42))
     assert not state["conv_seg.weight"].equal(fresh.conv_seg.weight)
+    assert [len(group["params"]) for group in finetune.parameter_groups(fresh, segment.SegmentConfig())] == [1, 1]
 
 
 def test_upernet_learns_and_scores(world, tmp_path):
@@ -264,6 +301,8 @@ def test_upernet_learns_and_scores(world, tmp_path):
     (finetune, dict(checkpoint="missing.pt"), (), "missing.pt"),
     (finetune, {}, ("--scratch",), "takes no --checkpoint"),
     (finetune, dict(image_size=60), (), "no multiple of the tower's patches of 8"),
+    (finetune, dict(image_size=60, checkpoint=None), ("--scratch", "--model", "tiny"), "no multiple of the tower's"),
+    (finetune, dict(warmup_epochs=4), (), "--warmup-epochs 4.0 leaves nothing of --epochs 4"),
     (finetune, dict(layer_decay=2), (), "--layer-decay must be at least 0 and at most 1"),
     (finetune, dict(magnitude=11), (), "--magnitude must be"),
     (segment, dict(data="nowhere"), (), "no segmentation set 'nowhere'"),
@@ -293,7 +332,8 @@ def test_a_fine_tuned_tower_is_a_checkpoint_too(world, tmp_path):
     tune(world, tmp_path, steps=2)
     tuned = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     model, tokenizer = evaluate.load_model(tmp_path / "last.pt")
-    assert tokenizer is None and all(x.equal(tuned[f"visual.{name}"]) for name, x in model.visual.state_dict().items())
+    assert tokenizer is None and model.config.method == "vit" and model.remarks
+    assert all(x.equal(tuned[f"visual.{name}"]) for name, x in model.visual.state_dict().items())
 
 
 def test_the_command_line_of_both(world, tmp_path):
@@ -391,6 +431,8 @@ def test_the_longer_side_is_bounded():
                                   ((1000, 100), 1.0, (200, 20))):
         image, label = segment.rescaled(Image.new("RGB", size), Image.new("L", size), 50, ratio)
         assert image.size == label.size == expected
+    label = Image.fromarray(rng_of(0).choice(np.array([3, 40, 255], np.uint8), (30, 30)))
+    assert set(np.unique(segment.rescaled(label.convert("RGB"), label, 50, 1.0)[1])) == {3, 40, 255}
 
 
 def test_colours_change_half_of_the_time_and_labels_never(world):
