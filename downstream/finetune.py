@@ -33,30 +33,35 @@ from train import flag
 
 
 @dataclass
-class TuneConfig(train.LoopConfig):
-    """Everything that fixes a run; saved in each checkpoint.  Defaults are SLIP's for ViT-B on ImageNet."""
-    data: str = flag("imagenet", "imagenet, one of ICinW's, or a folder with train/ and test/ class folders")
+class TowerConfig(train.LoopConfig):
+    """What goes on from an image tower, here and in segment.py; the numbers are SLIP's and mmsegmentation's alike."""
     checkpoint: str = flag("", "weights to start from: all that evaluate.py reads; else the newest under runs/")
     scratch: bool = flag(False, "random weights of --model instead (DeiT)")
     model: str = flag("vit_b16", f"for --scratch: {', '.join(models.PRESETS)}")
+    layer_decay: float = flag(0.65, "each block has so many times the learning rate of the one above it")
+    weight_decay: float = flag(0.05, "of matrices; biases, norms, class token and positions have none")
+    drop_path: float = flag(0.1, "stochastic depth of the last block; linear from 0 at the first")
+    ema: float = flag(0.0, "momentum of a moving average of the weights, which is then what is evaluated; 0: none")
+    seed: int = flag(0, "of head, order and what is done to pictures")
+    grad_clip: float = flag(0.0, "largest norm of the gradient, 0: as it is")
+    precision: str = flag("auto", "fp32, or autocast to bf16 or fp16 (loss scaled); auto: bf16 on CUDA")
+
+
+@dataclass
+class TuneConfig(TowerConfig):
+    """Everything that fixes a run; saved in each checkpoint.  Defaults are SLIP's for ViT-B on ImageNet."""
+    data: str = flag("imagenet", "imagenet, one of ICinW's, or a folder with train/ and test/ class folders")
     image_size: int = flag(0, "pixels a side, 0: the checkpoint's; positions are resized")
     epochs: int = flag(100, "passes over the data")
     batch_size: int = flag(1024, "GLOBAL batch in pictures, whatever the number of GPUs")
-    lr: float = flag(4e-3, "peak learning rate of the head ...")
-    layer_decay: float = flag(0.65, "... each block below has so many times that of the one above it")
+    lr: float = flag(4e-3, "peak learning rate of the head")
     warmup_epochs: float = flag(20.0, "epochs of linear warm-up from 1e-6")
-    weight_decay: float = flag(0.05, "of matrices; biases, norms, class token and positions have none")
-    drop_path: float = flag(0.1, "stochastic depth of the last block; linear from 0 at the first")
     crop_min: float = flag(0.08, "smallest share of the picture in a random crop")
     magnitude: float = flag(9.0, "of RandAugment's two operations (of 10; deviation 0.5), 0: none of them")
     erase: float = flag(0.25, "share of the pictures of which a rectangle becomes noise")
     mixup: float = flag(0.8, "mixup's alpha, 0: none; half of the batches have this one ...")
     cutmix: float = flag(1.0, "... and half cutmix's, 0: none")
     smoothing: float = flag(0.1, "of the labels")
-    ema: float = flag(0.0, "momentum of a moving average of the weights, which is then what is evaluated; 0: none")
-    seed: int = flag(0, "of head, order, crops, operations, mixtures")
-    grad_clip: float = flag(0.0, "largest norm of the gradient, 0: as it is")
-    precision: str = flag("auto", "fp32, or autocast to bf16 or fp16 (loss scaled); auto: bf16 on CUDA")
 
 
 # What the tower changes in the recipe, by its width.

@@ -32,25 +32,15 @@ IGNORE = 255  # beside the classes 0 .. C - 1: in none, or not in the picture
 
 
 @dataclass
-class SegmentConfig(train.LoopConfig):
+class SegmentConfig(finetune.TowerConfig):
     """Everything that fixes a run; saved in each checkpoint.  Defaults: mmsegmentation's for MAE's ViT-B on ADE20K."""
     data: str = flag("ade20k", "ade20k, demo, or a folder of pictures and label PNGs (see README)")
-    checkpoint: str = flag("", "weights to start from: all that evaluate.py reads; else the newest under runs/")
-    scratch: bool = flag(False, "random weights of --model instead")
-    model: str = flag("vit_b16", f"for --scratch: {', '.join(models.PRESETS)}")
     head: str = flag("upernet", "upernet, or linear: on the last block's tokens, all else frozen (iBOT)")
     image_size: int = flag(512, "pixels a side of the crops; positions are resized")
     epochs: int = flag(127, "passes over the data; 127 of ADE20K's are 160,000 steps of 16")
     batch_size: int = flag(16, "GLOBAL batch in pictures, whatever the number of GPUs")
-    lr: float = flag(1e-4, "peak learning rate of the head ...")
-    layer_decay: float = flag(0.65, "... each block below has so many times that of the one above it")
+    lr: float = flag(1e-4, "peak learning rate of the head")
     warmup_epochs: float = flag(1.2, "epochs of linear warm-up; 1.2 of ADE20K's are 1,500 steps")
-    weight_decay: float = flag(0.05, "of matrices; biases, norms, class token and positions have none")
-    drop_path: float = flag(0.1, "stochastic depth of the last block; linear from 0 at the first")
-    ema: float = flag(0.0, "momentum of a moving average of the weights, which is then what is evaluated; 0: none")
-    seed: int = flag(0, "of heads, order, crops, colours")
-    grad_clip: float = flag(0.0, "largest norm of the gradient, 0: as it is")
-    precision: str = flag("auto", "fp32, or autocast to bf16 or fp16 (loss scaled); auto: bf16 on CUDA")
 
 
 LINEAR = dict(lr=8e-4, drop_path=0.0)  # iBOT's linear head; nothing below it learns
