@@ -66,15 +66,16 @@ class TuneConfig(TowerConfig):
 
 # What the tower changes in the recipe, by its width.
 RECIPES = {
-    # Our choice, for a laptop: 64 pixels, a few thousand pictures.  Small pictures are hard to tell as they are, so
-    # less is done to them, and the crop keeps what they show.
-    128: dict(epochs=20, batch_size=64, lr=2e-3, warmup_epochs=2.0, layer_decay=0.75, drop_path=0.0, crop_min=0.5,
-              magnitude=5.0, erase=0.0, mixup=0.0),
+    # Our choice, for a laptop: 64 pixels, a few thousand pictures.  Less is done to small pictures, which are hard to
+    # tell as they are.  Found on emoji, one vendor held out: layer decay 0.5 scores 36.6, 0.35 36.1, 0.75 33.7; lr 4e-3
+    # 35.0 (five epochs).
+    128: dict(epochs=10, batch_size=64, lr=2e-3, warmup_epochs=1.0, layer_decay=0.5, drop_path=0.0, crop_min=0.5,
+              magnitude=5.0, erase=0.0, mixup=0.0, cutmix=0.0),
     384: dict(drop_path=0.0),                                          # SLIP
     1024: dict(epochs=50, warmup_epochs=5.0, layer_decay=0.75),        # SLIP
 }
-SCRATCH = dict(layer_decay=1.0)                                        # all blocks learn alike
-DEIT = dict(epochs=300, lr=1e-3, warmup_epochs=5.0)                    # beside it, but for the smallest
+SCRATCH = dict(layer_decay=1.0, lr=1e-3)                               # DeiT: all blocks learn alike ...
+DEIT = dict(epochs=300, warmup_epochs=5.0)                             # ... and long, but for the smallest
 FIXED = ("data", "checkpoint", "scratch", "model", "image_size", "batch_size")  # kept even with --force
 
 

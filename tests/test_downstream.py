@@ -270,7 +270,7 @@ def test_each_step_sets_the_rates_of_its_layers(world, tmp_path):
         assert lr == pytest.approx(wanted)
         for group in run.optimizer.param_groups:
             assert group["lr"] == pytest.approx(lr * group["scale"])
-    assert {group["scale"] for group in run.optimizer.param_groups} == {0.75 ** n for n in range(5)}
+    assert {group["scale"] for group in run.optimizer.param_groups} == {0.5 ** n for n in range(5)}
 
 
 def test_a_frozen_tower_stays_what_it_is(world, tmp_path):
