@@ -1763,7 +1763,9 @@ def segmentation_set(name, root="", split=""):
     if place is None:
         raise FileNotFoundError(f"no segmentation set '{name}': looked in {', '.join(map(str, places))} for images/ "
                                 "and labels/ (PNG), the same in train/ and val/, or ADE20K's images/ and "
-                                "annotations/ (--root or $MASKCLIP_DATA name another place)")
+                                "annotations/ (--root or $MASKCLIP_DATA name another place"
+                                + "; ADEChallengeData2016.zip is at sceneparsing.csail.mit.edu" * (name == "ade20k")
+                                + ")")
     file = next((place / one for one in ("classes.txt", "objectInfo150.txt") if (place / one).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"no classes.txt (or ADE20K's objectInfo150.txt) in {place.resolve()}: a line for each "
@@ -1771,6 +1773,8 @@ def segmentation_set(name, root="", split=""):
     lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     if file.name == "objectInfo150.txt":  # Idx, Ratio, Train, Val, Stuff, Name
         lines = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
+    if len(lines) > 254:
+        raise ValueError(f"{file} names {len(lines)} classes: at most 254, as 255 stands for none")
     pictures, remarks = picture_files(place / images), ()
     if split and images == "images":
         pictures = [path for i, path in enumerate(pictures) if (i % 5 == 0) == (split == "test")]

@@ -220,7 +220,8 @@ def _recognised(state, beside):
         ours = dict(model=dict(state["model"]), config=models.ModelConfig(**state["model_config"]), remarks=[])
         if "tokenizer" in state:
             return ours | dict(tokenizer=state["tokenizer"])
-        tower = {name: x for name, x in ours["model"].items() if name.startswith("visual.")}  # of downstream/'s runs
+        newest = state.get("teacher") or ours["model"]  # of downstream/'s runs: what they evaluate
+        tower = {name: x for name, x in newest.items() if name.startswith("visual.")}
         return ours | dict(model=tower, config=dataclasses.replace(ours["config"], method="vit"),
                            remarks=["a tower that was trained further: its head is left out"])
     program, state = "torchscript" in state, _tensors(state)

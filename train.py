@@ -412,6 +412,15 @@ class Place:
     store: object = None        # a dictionary that all ranks share
     host_group: object = None   # for the CPUs to exchange small things while the GPUs work
 
+    def after_first(self, function):
+        """function() on rank 0 and then on the others, for which what it wrote is there."""
+        while self.rank > 0 and not self.store.check(["written"]):  # for as long as it takes to read all headers
+            time.sleep(0.2)
+        value = function()
+        if self.rank == 0 and self.world > 1:
+            self.store.set("written", "")
+        return value
+
     def say(self, text):
         """A line from rank 0, beside its bar."""
         if self.rank == 0:
@@ -723,7 +732,7 @@ class Run:
             if saved.get(name):  # the scaler's is empty but with fp16
                 part.load_state_dict(saved[name])
         for group, new in zip(self.optimizer.param_groups, fresh, strict=True):  # by --force they may be other ones
-            group.update(weight_decay=new["weight_decay"], betas=new["betas"])
+            group.update({key: new[key] for key in ("weight_decay", "betas", "scale") if key in new})
         self.step, self.bad = saved["step"], saved["bad"] if self.place.rank == 0 else 0
         self.best = saved["best"]
         self.skipped.copy_(saved["skipped"])
@@ -816,11 +825,7 @@ def open_pairs(config, place):
 
     Raises ValueError where they, the batch and the ranks do not go together.
     """
-    while place.rank > 0 and not place.store.check(["pairs"]):  # for as long as it takes to read all headers
-        time.sleep(0.2)
-    pairs = data.Pairs(config.data, config.root)
-    if place.rank == 0 and place.world > 1:
-        place.store.set("pairs", "ready")
+    pairs = place.after_first(lambda: data.Pairs(config.data, config.root))
     for line in pairs.damage:
         place.say(f"warning: {line}")
     if len(pairs) < config.batch_size == TrainConfig.batch_size:
@@ -1129,7 +1134,8 @@ def run(config, open_run=open_run):
         with open_log(opened) as log:
             loop(opened, log)
     except torch.OutOfMemoryError as error:
-        raise ValueError("out of GPU memory: give --micro-batch, or a smaller one, or --grad-checkpointing "
+        less = "--micro-batch, or a smaller one" if hasattr(config, "micro_batch") else "a smaller --batch-size"
+        raise ValueError(f"out of GPU memory: give {less}, or --grad-checkpointing "
                          f"({str(error).partition('. ')[0]})") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
@@ -1150,12 +1156,14 @@ def main(parse=parse, open_run=open_run, name="train.py"):
         run(parse(), open_run)
     except (OSError, ValueError) as error:
         lost = isinstance(error, ConnectionError)
-        print(f"{name}: {'' if rank is None else f'rank {rank}: '}error: {str(error).splitlines()[-1]}",
+        print(f"{name}: {'' if rank is None else f'rank {rank}: '}error: "
+              f"{str(error).splitlines()[-1].removeprefix('ValueError: ')}",  # of a loader: the end of its traceback
               file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:  # before the loop, which has its own way to stop
         sys.exit(f"{name}: interrupted before the first step")
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a loader that was killed
         for worker in torch.multiprocessing.active_children():
             worker.kill()  # after an error the loader's are still there, and they ignore SIGTERM
         if lost:

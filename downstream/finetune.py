@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
@@ -75,8 +76,8 @@ RECIPES = {
     1024: dict(epochs=50, warmup_epochs=5.0, layer_decay=0.75),        # SLIP
 }
 SCRATCH = dict(layer_decay=1.0, lr=1e-3)                               # DeiT: all blocks learn alike ...
-DEIT = dict(epochs=300, warmup_epochs=5.0)                             # ... and long, but for the smallest
-FIXED = ("data", "checkpoint", "scratch", "model", "image_size", "batch_size")  # kept even with --force
+DEIT = dict(epochs=300, warmup_epochs=5.0, drop_path=0.1)              # ... and long, but for the smallest
+FIXED = ("scratch", "model", "head", "image_size", "batch_size")  # kept even with --force: train.FIXED
 
 
 def parse(argv=None):
@@ -97,19 +98,19 @@ def recipe(shape, given):
 def resolve(given, kind, recipe, out, *ranges):
     """Settings that were given -> a config of a kind: defaults, recipe(shape, given), then what was given.
 
-    out, ranges: as train.settled has them.  A run that is in --out already says what it started from.  Raises
-    ValueError for what cannot be, FileNotFoundError for a checkpoint that is not there.
+    out, ranges: as train.settled has them.  A run that is there already (--out, --resume) says what it started from.
+    Raises ValueError for what cannot be, FileNotFoundError for a checkpoint that is not there.
     """
     def settled(config):
         return train.settled(config, [config.data], out + "-scratch" * config.scratch, dict(model=models.PRESETS),
                              (*ranges, (0, 1, ("layer_decay", "drop_path", "ema")),
                               (0, math.inf, ("image_size", "lr", "weight_decay", "warmup_epochs"))))
-    own = Path(settled(kind(**given)).out) / "last.pt"
+    own = Path(given.get("resume") or Path(settled(kind(**given)).out) / "last.pt")
     if given.get("scratch"):
         if "checkpoint" in given:
             raise ValueError("--scratch starts from random weights: it takes no --checkpoint")
         shape = models.PRESETS[given.get("model", kind.model)]
-    elif own.is_file():
+    elif own.is_file() or given.get("resume"):
         state = evaluate.read_checkpoint(own)
         shape = models.ModelConfig(**state["model_config"])
         given = dict(checkpoint=state["config"].get("checkpoint", "")) | given
@@ -201,9 +202,9 @@ def parameter_groups(model, config):
             layer = 0
         elif part[:2] == ["visual", "blocks"]:
             layer = 1 + int(part[2])
-        decay = 0.0 if p.ndim < 2 or part[-1] in ("cls_token", "pos_embed") else config.weight_decay
-        group = groups.setdefault((layer, decay), dict(params=[], weight_decay=decay,
-                                                       scale=config.layer_decay ** (last - layer)))
+        decays = p.ndim >= 2 and part[-1] not in ("cls_token", "pos_embed")
+        group = groups.setdefault((layer, decays), dict(params=[], weight_decay=config.weight_decay * decays,
+                                                        scale=config.layer_decay ** (last - layer)))
         group["params"].append(p)
     return list(groups.values())
 
@@ -320,7 +321,17 @@ class Tuning(train.Run):
 
     def facts(self):
         """What a checkpoint holds of this kind of run alone."""
-        return dict(classes=[several[0] for several in self.sets[0].names])
+        return dict(classes=self.classes())
+
+    def classes(self):
+        """What the head's outputs stand for."""
+        return [several[0] for several in self.sets[0].names]
+
+    def load(self, saved):
+        """Go on from what `state` gave; a moving average that it had not begins with its weights."""
+        if saved["classes"] != self.classes():
+            raise ValueError(f"the classes were others when {self.source} was made: give another --out")
+        super().load(saved if not self.teacher else dict(teacher=saved["model"]) | saved)
 
     def batches(self, stop_at):
         """This rank's share of the global batches from here on."""
@@ -363,20 +374,29 @@ class Tuning(train.Run):
 
     def evaluate(self):
         """-> {task: what measure() gives}"""
-        with self.amp:
-            return {self.task: self.measure((self.teacher or self.model).eval())}
+        model = (self.teacher or self.model).eval()
+        for x in model.buffers() if self.place.world > 1 else ():
+            dist.broadcast(x, 0)  # batch norm's statistics, of which each rank on CPUs has its own: rank 0's are saved
+        return {self.task: self.measure(model)}
+
+    def protocol(self):
+        """What one must know to compare the score: the settings, but for those that do not change it."""
+        free = {f.name for f in dataclasses.fields(train.LoopConfig)}
+        return dict(set=self.tests(), config={name: value for name, value in dataclasses.asdict(self.config).items()
+                                              if name not in free})
 
     def measure(self, model):
         """Accuracy on the test set: the shorter side at 256 / 224 of the size, cropped, bicubic (BEiT)."""
         tests, size = self.sets[1], model.config.image_size
         view = partial(data.center_crop, size=size, resample=Image.BICUBIC, short=size * 256 // 224)
-        scores = evaluate.encode_pictures(model, tests.pictures, model, view)
+        with self.amp:
+            scores = evaluate.encode_pictures(model, tests.pictures, model, view)
         top5 = scores.topk(min(5, scores.size(1))).indices.eq(tests.targets[:, None]).any(1).float().mean().item()
         name = tests.metric or "accuracy"
         return dict(scores={name: evaluate.METRICS[name](scores, tests.targets), "top-5": top5},
                     chance=evaluate.chance(tests), remarks=tests.remarks,
                     over=f"{len(scores):,} pictures of {len(tests.names):,} classes, {self.size:,} to train",
-                    protocol=evaluate.about(tests) | dict(config=dataclasses.asdict(self.config)))
+                    protocol=evaluate.about(tests) | self.protocol())
 
     def finish(self, results):
         """The last evaluation's results."""
@@ -397,7 +417,7 @@ def open_run(config, place):
 
     Raises ValueError where the settings, the data or the disk do not allow it.
     """
-    sets = evaluate.probe_sets(config.data, config.root)
+    sets = place.after_first(lambda: evaluate.probe_sets(config.data, config.root))  # the demo may be drawn
     if sets[0].targets.ndim > 1:
         raise ValueError(f"{sets[0].place}: pictures of several classes cannot be fine-tuned on here")
     return open_tuning(Tuning, config, place, digest_of(sets[0].pictures, sets[0].targets.tolist()),
@@ -414,11 +434,11 @@ def open_tuning(kind, config, place, digest, model_of, **about):
     """A run of `kind`, finetune's or segment's, on pictures with a digest_of; model_of(ModelConfig) -> its model."""
     size = int(digest.partition(" ")[0])
     if config.batch_size > size:
-        place.say(f"warning: {size} pictures are fewer than a batch of {config.batch_size}: batches of {size}")
-        config.batch_size = size
+        place.say(f"warning: {size} pictures are fewer than a batch of {config.batch_size}")
+        config.batch_size = max(1, size // place.world) * place.world
     if config.batch_size % place.world:
         raise ValueError(f"--batch-size {config.batch_size} is the global batch: no multiple of {place.world} ranks")
-    saved, source = train.find_saved(config, digest, fixed=FIXED)
+    saved, source = train.find_saved(config, digest, ("data",), FIXED)  # data may move: the digest tells
     model = build(config, model_of, saved).to(place.device)
     for module in model.modules():
         if isinstance(module, models.Block):

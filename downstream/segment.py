@@ -7,7 +7,6 @@
 Ideas: UPerNet (Xiao et al. 2018) on a ViT as BEiT does it, in mmsegmentation's form and names: its weights load here.
 The recipe is mmsegmentation's for MAE; the loop, checkpoints, signals and logs are train.py's.
 """
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ class SegmentConfig(finetune.TowerConfig):
     """Everything that fixes a run; saved in each checkpoint.  Defaults: mmsegmentation's for MAE's ViT-B on ADE20K."""
     data: str = flag("ade20k", "ade20k, demo, or a folder of pictures and label PNGs (see README)")
     head: str = flag("upernet", "upernet, or linear: on the last block's tokens, all else frozen (iBOT)")
-    image_size: int = flag(512, "pixels a side of the crops; positions are resized")
+    image_size: int = flag(512, "pixels a side of the crops, 0: the checkpoint's; positions are resized")
     epochs: int = flag(127, "passes over the data; 127 of ADE20K's are 160,000 steps of 16")
     batch_size: int = flag(16, "GLOBAL batch in pictures, whatever the number of GPUs")
     lr: float = flag(1e-4, "peak learning rate of the head")
@@ -140,6 +139,8 @@ class UPerNet(nn.Module):
         self.config = config
         self.visual = models.ViT(config)
         self.visual.norm.requires_grad_(False)  # not used: the maps come from the residual stream (BEiT)
+        if config.grid < 2:
+            raise ValueError(f"UPerNet halves the map of patches: --image-size {config.image_size} is one patch")
         n = config.depth
         self.layers = [max(1, n // 3), max(1, n // 2), max(1, 2 * n // 3), n]  # 4, 6, 8, 12 of 12
         self.neck = Pyramid(config.width)
@@ -177,6 +178,7 @@ class Linear(nn.Module):
 
     def forward(self, images):
         """(B, 3, S, S) normalised -> (B, C, S, S)."""
+        self.visual.eval()  # frozen: no stochastic depth either
         with torch.no_grad():
             x = as_map(self.visual(images), self.config.grid)
         return resized(self.conv_seg(x), images.shape[2:])
@@ -271,7 +273,7 @@ def slide(model, images, size, stride):
     total = count = 0
     for top in tops:
         for left in lefts:
-            window = model(images[..., top:top + size, left:left + size])
+            window = model(images[..., top:top + size, left:left + size]).float()
             around = (left, images.size(3) - left - size, top, images.size(2) - top - size)
             total, count = total + F.pad(window, around), count + F.pad(torch.ones_like(window[:, :1]), around)
     return (total / count)[..., :height, :width]
@@ -282,9 +284,9 @@ class Segmentation(finetune.Tuning):
     """Training of a model of HEADS; sets are data.SegmentationSets."""
     task = "segment"
 
-    def facts(self):
-        """What a checkpoint holds of this kind of run alone."""
-        return dict(classes=self.sets[0].names)
+    def classes(self):
+        """What the head's outputs stand for."""
+        return self.sets[0].names
 
     def samples(self):
         """The training pictures by (epoch, index)."""
@@ -314,7 +316,7 @@ class Segmentation(finetune.Tuning):
         size = model.config.image_size
         pixels = torch.from_numpy(np.array(rescaled(image, None, size, 1.0)[0]))[None].to(self.place.device)
         with self.amp:
-            logits = slide(model, data.normalize(pixels), size, size * 341 // 512).float()
+            logits = slide(model, data.normalize(pixels), size, size * 341 // 512)
         return resized(logits, image.size[::-1])[0].argmax(0).cpu()
 
     def table(self, results):
@@ -345,8 +347,8 @@ class Segmentation(finetune.Tuning):
         confusion = losses.all_sum(mine.to(self.place.device)).cpu()
         return dict(scores=evaluate.segmentation_scores(confusion), chance=1 / (2 * classes - 1), remarks=tests.remarks,
                     over=f"{len(tests.pictures):,} pictures, {classes} classes, {self.size:,} to train",
-                    protocol=dict(set=tests.name, place=str(tests.place), pictures=len(tests.pictures), classes=classes,
-                                  config=dataclasses.asdict(self.config)))
+                    protocol=dict(place=str(tests.place), pictures=len(tests.pictures), classes=classes)
+                    | self.protocol())
 
 
 def open_run(config, place):
@@ -354,7 +356,12 @@ def open_run(config, place):
 
     Raises ValueError where the settings, the data or the disk do not allow it.
     """
-    sets = [data.segmentation_set(config.data, config.root, split) for split in ("train", "test")]
+    sets = place.after_first(lambda: [data.segmentation_set(config.data, config.root, split)
+                                      for split in ("train", "test")])
+    alone = config.batch_size if place.device.type == "cuda" else config.batch_size // place.world
+    if config.head == "upernet" and alone < 2:
+        raise ValueError("--head upernet normalises over a batch, on CPUs each rank's own: of one picture there is no "
+                         "deviation; give a larger --batch-size")
 
     def model_of(shape):
         model = HEADS[config.head](shape, len(sets[0].names))

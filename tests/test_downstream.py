@@ -307,6 +307,7 @@ def test_upernet_learns_and_scores(world, tmp_path):
     (finetune, dict(magnitude=11), (), "--magnitude must be"),
     (segment, dict(data="nowhere"), (), "no segmentation set 'nowhere'"),
     (segment, dict(head="fpn"), (), "unknown --head 'fpn'"),
+    (segment, dict(batch_size=1), (), "give a larger --batch-size"), (segment, dict(image_size=8), (), "is one patch"),
 ])
 def test_what_cannot_be_is_said_in_a_sentence(world, tmp_path, kind, changes, more, message):
     with pytest.raises((ValueError, OSError), match=message):
@@ -328,9 +329,10 @@ def test_a_folder_keeps_its_run(world, tmp_path):
     assert len(log_of(tmp_path)) == 2
 
 
-def test_a_fine_tuned_tower_is_a_checkpoint_too(world, tmp_path):
-    tune(world, tmp_path, steps=2)
-    tuned = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+@pytest.mark.parametrize("ema", [0, 0.5])
+def test_a_fine_tuned_tower_is_a_checkpoint_too(world, tmp_path, ema):
+    tune(world, tmp_path, steps=2, ema=ema)
+    tuned = torch.load(tmp_path / "last.pt", weights_only=True)["teacher" if ema else "model"]
     model, tokenizer = evaluate.load_model(tmp_path / "last.pt")
     assert tokenizer is None and model.config.method == "vit" and model.remarks
     assert all(x.equal(tuned[f"visual.{name}"]) for name, x in model.visual.state_dict().items())
@@ -348,18 +350,168 @@ def test_the_command_line_of_both(world, tmp_path):
         assert done.returncode == 1 and done.stderr.startswith(f"{name}.py: error: ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, changes", [(finetune, dict(mixup=0, cutmix=0)), (segment, dict(head="linear"))])
-def test_two_ranks_learn_what_one_does(world, tmp_path, kind, changes):
+def opened(world, out, kind, *more, **changes):
+    """A run that is opened, and not yet begun."""
+    given = dict(data=world / ("classes" if kind is finetune else "pixels"), checkpoint=world / "run/last.pt", out=out,
+                 batch_size=4, epochs=4, workers=0) | changes
+    words = [str(word) for name, value in given.items() if value is not None
+             for word in ("--" + name.replace("_", "-"), value)]
+    return kind.open_run(kind.parse([*words, *more]), train.join(1))
+
+
+def test_pictures_are_tested_in_the_middle_at_256_224ths(world, tmp_path):
+    run, seen = opened(world, tmp_path, finetune), []
+    plain = run.model.forward
+    run.model.forward = lambda images: seen.append(images) or plain(images)
+    result = run.measure(run.model.eval())
+    views = []
+    for path in run.sets[1].pictures:
+        image = Image.open(path).convert("RGB")
+        assert image.width == image.height == 64  # 73 = 64 * 256 // 224
+        views.append(np.asarray(image.resize((73, 73), Image.BICUBIC).crop((4, 4, 68, 68))))
+    pixels = data.normalize(torch.from_numpy(np.stack(views)))
+    torch.testing.assert_close(torch.cat(seen), pixels)
+    right = plain(pixels).argmax(1) == run.sets[1].targets
+    assert result["scores"] == {"accuracy": pytest.approx(right.float().mean().item()), "top-5": 1.0}
+
+
+def test_the_loss_of_segmentation_equals_a_loop(world, tmp_path):
+    run = opened(world, tmp_path, segment, batch_size=2)
+    logits, auxiliary = torch.randn(2, 42, 64, 64), torch.randn(2, 42, 64, 64)
+    labels = torch.randint(0, 42, (2, 64, 64))
+    labels[:, 20:] = 255
+    run.student = lambda images: (logits, auxiliary)
+    terms = run.terms(dict(images=torch.zeros(2, 64, 64, 3, dtype=torch.uint8), labels=labels), None)
+    for name, x, weight in (("loss", logits, 1.0), ("auxiliary", auxiliary, 0.4)):
+        total, log = 0.0, x.double().log_softmax(1)
+        for b, y, z in (labels != 255).nonzero().tolist():
+            total -= log[b, labels[b, y, z], y, z].item()
+        assert terms[name].item() == pytest.approx(weight * total / labels.numel(), rel=1e-5)
+
+
+def test_a_picture_is_seen_at_the_crops_size_through_windows(world, tmp_path):
+    run, seen = opened(world, tmp_path, segment, head="linear"), []
+
+    class Model:
+        config = run.model.config
+
+        def __call__(self, images):  # class 0 where it is dark, else 1
+            seen.append(images.shape[2:])
+            light = images.mean(1, keepdim=True)
+            return torch.cat([-light, light], 1)
+    image = Image.new("L", (180, 90))
+    image.paste(255, (90, 0, 180, 45))
+    guess = run.guess(Model(), image.convert("RGB"))
+    assert guess.shape == (90, 180)
+    wanted = torch.zeros(90, 180, dtype=torch.long)
+    wanted[:45, 90:] = 1
+    assert (guess == wanted).float().mean() > 0.97
+    assert seen == [(64, 64)] * 3  # 128 x 64 pixels, stride 42: 0, 42, 64
+
+
+def test_colours_are_changed_as_by_hand():
+    image = data.draw_scene(rng_of(11), 3, data.CLASSES)[0]
+    seen = set()
+    for seed in range(40):
+        rng = rng_of(seed)
+        early, x = rng.random() < 0.5, np.asarray(image, float)
+
+        def contrast(x, rng=rng):
+            return np.floor(np.minimum(255, x * rng.uniform(0.5, 1.5))) if rng.random() < 0.5 else x
+        bright = rng.random() < 0.5
+        if bright:
+            x = np.trunc((x + rng.uniform(-32, 32)).clip(0, 255))
+        x = contrast(x) if early else x
+        hsv = np.asarray(Image.fromarray(x.astype(np.uint8)).convert("HSV"), int).copy()
+        rich = rng.random() < 0.5
+        if rich:
+            hsv[..., 1] = np.floor(np.minimum(255, hsv[..., 1] * rng.uniform(0.5, 1.5)))
+        turned = rng.random() < 0.5
+        if turned:
+            hsv[..., 0] = (hsv[..., 0] + rng.integers(-26, 27)) % 256
+        x = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"), float)
+        x = x if early else contrast(x)
+        assert np.abs(np.asarray(segment.recoloured(image, rng_of(seed)), float) - x).max() <= 1, seed
+        seen.add((early, bright, rich, turned))
+    assert len(seen) > 12
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_and_from_moved_data(world, tmp_path):
+    tune(world, tmp_path / "a", epochs=3)
+    tune(world, tmp_path / "b", epochs=3, checkpoint=None, resume=tmp_path / "a/epoch-2.pt")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in "ab")
+    assert all(x.equal(b["model"][name]) for name, x in a["model"].items())
+    (tmp_path / "elsewhere").symlink_to(world / "classes")
+    tune(world, tmp_path / "a", epochs=3, data=tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        tune(world, tmp_path / "c", checkpoint=None, resume=tmp_path / "none.pt")
+
+
+def test_force_takes_the_new_settings(world, tmp_path):
+    tune(world, tmp_path, steps=2)
+    run = opened(world, tmp_path, finetune, "--force", layer_decay=0.3, weight_decay=0, ema=0.9)
+    assert run.step == 2
+    assert sorted({group["scale"] for group in run.optimizer.param_groups}) == pytest.approx(
+        [0.3 ** n for n in (4, 3, 2, 1, 0)])
+    assert not any(group["weight_decay"] for group in run.optimizer.param_groups)
+    assert all(x.equal(dict(run.model.named_parameters())[name]) for name, x in run.teacher.named_parameters())
+
+
+def test_other_classes_are_refused_even_by_force(world, tmp_path):
+    tune(world, tmp_path / "run", kind=segment, head="linear", batch_size=2, steps=1)
+    folder = tmp_path / "pixels"
+    folder.mkdir()
+    for part in ("images", "labels"):
+        (folder / part).symlink_to(world / "pixels" / part)
+    (folder / "classes.txt").write_text("\n".join([*data.CLASSES, "cloud"]) + "\n")
+    for changes, message in ((dict(data=folder), "the classes were others"), (dict(head="upernet"), "--head linear")):
+        with pytest.raises(ValueError, match=message):
+            tune(world, tmp_path / "run", "--force", **(dict(kind=segment, head="linear", batch_size=2) | changes))
+    (folder / "classes.txt").write_text("\n".join(map(str, range(255))))
+    with pytest.raises(ValueError, match="names 255 classes: at most 254"):
+        data.segmentation_set(folder)
+
+
+def test_a_damaged_picture_is_named_in_one_sentence(world, tmp_path):
+    for split in ("train", "test"):
+        for name in ("red star", "blue circle"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for file in (world / "classes" / split / name).iterdir():
+                content = file.read_bytes()
+                damaged = (split, name, file.name) == ("train", "red star", "3.png")
+                (tmp_path / split / name / file.name).write_bytes(content[:len(content) // 2] if damaged else content)
+    done = subprocess.run([sys.executable, finetune.__file__, "--data", str(tmp_path), "--checkpoint",
+                           str(world / "run/last.pt"), "--workers", "1", "--batch-size", "4", "--out",
+                           str(tmp_path / "out")], text=True, capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"^finetune.py: error: cannot read the picture .*train/red star/3.png: ", done.stderr, re.M)
+
+
+def on_two_ranks(world, out, kind, **changes):
+    """A run under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = dict(data=world / ("classes" if kind is finetune else "pixels"), checkpoint=world / "run/last.pt", epochs=4,
-                 batch_size=4, workers=0, log_every=1, eval_every=4) | changes
+                 batch_size=4, workers=0, log_every=1, eval_every=4, out=out) | changes
     words = [str(word) for name, value in given.items() for word in ("--" + name.replace("_", "-"), value)]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
-                           kind.__file__, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True)
+                           kind.__file__, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_score_the_weights_that_are_saved(world, tmp_path):
+    on_two_ranks(world, tmp_path, segment)  # each has batch norm's statistics of its own
+    scores = opened(world, tmp_path, segment, eval_every=4).evaluate()["segment"]["scores"]
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert scores == record["scores"] and scores["mIoU"] == log_of(tmp_path)[-1]["segment"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, changes", [(finetune, {}), (segment, dict(head="linear"))])
+def test_two_ranks_learn_what_one_does(world, tmp_path, kind, changes):
+    on_two_ranks(world, tmp_path / "two", kind, **changes)
     tune(world, tmp_path / "one", kind=kind, eval_every=4, **changes)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two)
