@@ -630,6 +630,8 @@ def test_layouts_of_labelled_pictures(tmp_path):
     train_set, tests = (data.segmentation_set("ade20k", tmp_path / "root", split) for split in ("train", "test"))
     assert (len(train_set.pictures), len(tests.pictures), tests.names) == (3, 2, ["wall"])
     assert np.unique(tests.load(0)[1]).tolist() == [0] and not tests.remarks
+    add(f"{root}/images/validation", f"{root}/annotations/validation", value=255)
+    assert np.unique(tests.load(0)[1]).tolist() == [255]
     add("own/train/images", "own/train/labels", 4)
     add("own/val/images", "own/val/labels", 1, 2)
     (tmp_path / "own/classes.txt").write_text("a\n")
