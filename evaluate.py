@@ -1218,7 +1218,7 @@ def table(columns, methods=()):
                          + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)) + f"   {note}")
             remarks += [f"  {task}: {remark}" for remark in result.get("remarks", ()) if not number]
     if any(shown):
-        remarks.append("  paper: ViT-B/16, YFCC-15M, 25 epochs")
+        remarks.append("  paper: ViT-B/16, YFCC-15M, 25 epochs" + " (DeiT: ImageNet-1K, 300)" * ("deit" in methods))
     return "\n".join(line.rstrip() for line in lines + remarks)
 
 

@@ -533,31 +533,41 @@ def resumed_from(path):
         return ""
 
 
-def find_saved(config, digest, free=(), fixed=()):
-    """The checkpoint that the run goes on from and its path, or None, None: --resume, else last.pt in --out.
+def read_saved(out, resume=""):
+    """What --resume names, else last.pt in --out, and its path; None, None where there is none.
 
-    digest: of the data.  free, fixed: settings that may differ, and those that may not even with --force.  Where
-    last.pt was made by this --resume already, it is that.  Raises FileNotFoundError where --resume is missing,
-    ValueError where the checkpoint is damaged, the settings or the data differ, or --out holds another run.
+    Where last.pt was made by this --resume already, it is that.  Raises FileNotFoundError where --resume is missing,
+    ValueError where the checkpoint is damaged, or --out holds others only.
     """
-    out, own = Path(config.out), Path(config.out) / "last.pt"
-    path = Path(config.resume or own)
+    out, own = Path(out), Path(out) / "last.pt"
+    path = Path(resume or own)
     older = ", ".join(map(str, sorted(set(out.glob("*.pt")) - {own}, key=os.path.getmtime)))
-    if not config.resume and not own.is_file():
+    if not resume and not own.is_file():
         if older:
             raise ValueError(f"{out} holds {older} but no last.pt: --resume one of them, or give another --out")
         return None, None
-    if own.is_file() and path.resolve() != own.resolve():
-        if resumed_from(own) == config.resume:
-            path = own
-        elif not config.force:
-            raise ValueError(f"--resume {path} would overwrite the run in {out}: give another --out, or --force to "
-                             "take this one back to it")
+    if own.is_file() and path.resolve() != own.resolve() and resumed_from(own) == resume:
+        path = own
     try:
-        saved = evaluate.read_checkpoint(path)
+        return evaluate.read_checkpoint(path), path
     except ValueError as error:
         raise ValueError(f"{error}; older ones are {older}: --resume one of them with --force" if older else
                          str(error)) from error
+
+
+def find_saved(config, digest, free=(), fixed=()):
+    """The checkpoint that the run goes on from and its path, or None, None: --resume, else last.pt in --out.
+
+    digest: of the data.  free, fixed: settings that may differ, and those that may not even with --force.  Raises what
+    read_saved raises, and ValueError where the settings or the data differ, or --out holds another run.
+    """
+    saved, path = read_saved(config.out, config.resume)
+    if not saved:
+        return None, None
+    own = Path(config.out) / "last.pt"
+    if own.is_file() and path.resolve() != own.resolve() and not config.force:
+        raise ValueError(f"--resume {path} would overwrite the run in {config.out}: give another --out, or --force to "
+                         "take this one back to it")
     if "made_by" not in saved:
         raise ValueError(f"{path} is of an older version: it can be evaluated and be --init of another run, not go on")
     mine = dataclasses.asdict(config)

@@ -51,7 +51,8 @@ class TowerConfig(train.LoopConfig):
 @dataclass
 class TuneConfig(TowerConfig):
     """Everything that fixes a run; saved in each checkpoint.  Defaults are SLIP's for ViT-B on ImageNet."""
-    data: str = flag("imagenet", "imagenet, one of ICinW's, or a folder with train/ and test/ class folders")
+    data: str = flag("imagenet", "imagenet, one of ICinW's, demo, or a folder with train/ and test/ class "
+                      "folders")
     image_size: int = flag(0, "pixels a side, 0: the checkpoint's; positions are resized")
     epochs: int = flag(100, "passes over the data")
     batch_size: int = flag(1024, "GLOBAL batch in pictures, whatever the number of GPUs")
@@ -77,7 +78,7 @@ RECIPES = {
 }
 SCRATCH = dict(layer_decay=1.0, lr=1e-3)                               # DeiT: all blocks learn alike ...
 DEIT = dict(epochs=300, warmup_epochs=5.0, drop_path=0.1)              # ... and long, but for the smallest
-FIXED = ("scratch", "model", "head", "image_size", "batch_size")  # kept even with --force: train.FIXED
+FIXED = ("checkpoint", "scratch", "model", "head", "image_size", "batch_size")  # kept even with --force: train.FIXED
 
 
 def parse(argv=None):
@@ -105,13 +106,14 @@ def resolve(given, kind, recipe, out, *ranges):
         return train.settled(config, [config.data], out + "-scratch" * config.scratch, dict(model=models.PRESETS),
                              (*ranges, (0, 1, ("layer_decay", "drop_path", "ema")),
                               (0, math.inf, ("image_size", "lr", "weight_decay", "warmup_epochs"))))
-    own = Path(given.get("resume") or Path(settled(kind(**given)).out) / "last.pt")
-    if given.get("scratch"):
-        if "checkpoint" in given:
-            raise ValueError("--scratch starts from random weights: it takes no --checkpoint")
-        shape = models.PRESETS[given.get("model", kind.model)]
-    elif own.is_file() or given.get("resume"):
-        state = evaluate.read_checkpoint(own)
+    draft = settled(kind(**given))
+    if draft.scratch and "checkpoint" in given:
+        raise ValueError("--scratch starts from random weights: it takes no --checkpoint")
+    if "model" in given and not draft.scratch:
+        raise ValueError("--model is for --scratch: a checkpoint says itself what it is")
+    if draft.scratch:
+        shape = models.PRESETS[draft.model]
+    elif state := train.read_saved(draft.out, draft.resume)[0]:
         shape = models.ModelConfig(**state["model_config"])
         given = dict(checkpoint=state["config"].get("checkpoint", "")) | given
     else:

@@ -514,7 +514,7 @@ def score_table(runs, heads):
             chance = "" if number or result["chance"] is None else f"{100 * result['chance']:.1f}"
             body += (f'<tr><th scope="row">{escape(task) * (not number)}</th><td>{escape(score)}</td>{cells}'
                      f'<td class="n">{chance}</td><td>{escape(result["over"]) * (not number)}</td></tr>')
-    note = ("The paper's: ViT-B/16, YFCC-15M, 25 epochs." if any(shown) else
+    note = ("The paper's: ViT-B/16, YFCC-15M, 25 epochs (DeiT: ImageNet-1K, 300)." if any(shown) else
             "The paper has no numbers of these tests.")
     return table("test", row, body) + f"<p>Per cent. {note} Chance is that of a test's first score.</p>"
 

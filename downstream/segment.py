@@ -358,7 +358,7 @@ def open_run(config, place):
     """
     sets = place.after_first(lambda: [data.segmentation_set(config.data, config.root, split)
                                       for split in ("train", "test")])
-    alone = config.batch_size if place.device.type == "cuda" else config.batch_size // place.world
+    alone = min(config.batch_size, len(sets[0].pictures)) // (1 if place.device.type == "cuda" else place.world)
     if config.head == "upernet" and alone < 2:
         raise ValueError("--head upernet normalises over a batch, on CPUs each rank's own: of one picture there is no "
                          "deviation; give a larger --batch-size")

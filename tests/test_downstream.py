@@ -302,6 +302,7 @@ def test_upernet_learns_and_scores(world, tmp_path):
     (finetune, {}, ("--scratch",), "takes no --checkpoint"),
     (finetune, dict(image_size=60), (), "no multiple of the tower's patches of 8"),
     (finetune, dict(image_size=60, checkpoint=None), ("--scratch", "--model", "tiny"), "no multiple of the tower's"),
+    (finetune, dict(model="tiny"), (), "--model is for --scratch"),
     (finetune, dict(warmup_epochs=4), (), "--warmup-epochs 4.0 leaves nothing of --epochs 4"),
     (finetune, dict(layer_decay=2), (), "--layer-decay must be at least 0 and at most 1"),
     (finetune, dict(magnitude=11), (), "--magnitude must be"),
@@ -318,10 +319,12 @@ def test_what_cannot_be_is_said_in_a_sentence(world, tmp_path, kind, changes, mo
 def test_a_folder_keeps_its_run(world, tmp_path):
     tune(world, tmp_path, steps=1)
     before = (tmp_path / "last.pt").read_bytes()
-    for kind, changes, message in ((finetune, dict(lr=1.0), "--lr"), (segment, {}, "another kind of run"),
-                                   (finetune, dict(checkpoint=world / "run/epoch-1.pt"), "--checkpoint")):
+    for kind, changes, more, message in (
+            (finetune, dict(lr=1.0), (), "--lr"), (segment, {}, (), "another kind of run"),
+            (finetune, dict(checkpoint=world / "run/epoch-1.pt"), (), "--checkpoint"),
+            (finetune, dict(checkpoint=world / "run/epoch-1.pt"), ("--force",), "--checkpoint")):
         with pytest.raises(ValueError, match=message):
-            tune(world, tmp_path, kind=kind, **changes)
+            tune(world, tmp_path, *more, kind=kind, **changes)
     with pytest.raises(ValueError, match="another kind of run"):
         train.run(train.parse(["--data", str(world / "train"), "--out", str(tmp_path), "--batch-size", "8"]))
     assert (tmp_path / "last.pt").read_bytes() == before
@@ -338,6 +341,7 @@ def test_a_fine_tuned_tower_is_a_checkpoint_too(world, tmp_path, ema):
     assert all(x.equal(tuned[f"visual.{name}"]) for name, x in model.visual.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_command_line_of_both(world, tmp_path):
     for name, part in (("finetune", "classes"), ("segment", "pixels")):
         def run(*more, name=name):
@@ -443,6 +447,11 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_from_moved_data(world, tmp_p
     assert all(x.equal(b["model"][name]) for name, x in a["model"].items())
     (tmp_path / "elsewhere").symlink_to(world / "classes")
     tune(world, tmp_path / "a", epochs=3, data=tmp_path / "elsewhere")
+    (tmp_path / "a/epoch-2.pt").unlink()
+    tune(world, tmp_path / "b", epochs=3, checkpoint=None, resume=tmp_path / "a/epoch-2.pt")  # last.pt comes from it
+    (tmp_path / "b/last.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"older ones are .*epoch-3.pt: --resume one of them with --force"):
+        tune(world, tmp_path / "b", epochs=3, checkpoint=None)
     with pytest.raises(FileNotFoundError, match="none.pt"):
         tune(world, tmp_path / "c", checkpoint=None, resume=tmp_path / "none.pt")
 

@@ -76,12 +76,14 @@ def test_the_paper_s_numbers():
     each = [paper["maskclip"][f"zeroshot {name}"][facts["metric"]] for name, facts in list(known.items())[:20]]
     assert round(sum(each) / 20, 1) == paper["maskclip"]["zeroshot icinw"]["mean of 20"] == 40.1
     rows = [[paper[m][f"{task} imagenet"]["accuracy"] for m in ("clip", "slip", "clip_mae", "maskclip")]
-            for task in ("zeroshot", "linear")]
-    assert rows == [[37.6, 42.8, 42.1, 44.5], [66.5, 72.1, 68.5, 73.7]]
+            for task in ("zeroshot", "linear", "finetune")]
+    assert rows == [[37.6, 42.8, 42.1, 44.5], [66.5, 72.1, 68.5, 73.7], [82.3, 82.6, 83.2, 83.6]]
+    assert [paper[m]["segment ade20k"]["mIoU"] for m in ("deit", "simclr", "mae", "clip", "slip", "maskclip")] == [
+        47.4, 48.0, 46.5, 47.8, 48.5, 50.5]
     assert list(paper["maskclip"]["retrieval coco"].values()) == [41.4, 67.9, 77.5, 25.5, 49.7, 61.3]
-    assert set(paper) <= set(models.METHODS)
+    assert set(paper) <= {*models.METHODS, "deit"}
     for task in {task for scores in paper.values() for task in scores}:
-        assert task.split()[1] in {*known, "icinw", "flickr30k", "coco"}
+        assert task.split()[1] in {*known, "icinw", "flickr30k", "coco", "ade20k"}
 
 
 @pytest.mark.peers
@@ -598,6 +600,7 @@ def save(model, tokenizer, path):
                     tokenizer=[" ".join(pair) for pair in tokenizer.merges]), path)
 
 
+@pytest.mark.slow
 def test_zeroshot_imagenet_as_typed(imagenet, tmp_path, tiny):
     """The mission's command in a folder with runs/ and data/, on both layouts; the second time reads its classifier."""
     save(*tiny, tmp_path / "runs/one/last.pt")
