@@ -94,6 +94,7 @@ def safetensors(tensors):
 # ---------------------------------------------------------------- settings
 
 def as_json(settings):
+    """-> the bytes of a JSON file."""
     return json.dumps(settings, indent=2, ensure_ascii=False).encode()
 
 

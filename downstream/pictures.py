@@ -426,7 +426,8 @@ figure{margin:1rem 0 1.6rem} img{display:block;border-radius:6px;background:#fff
 .key{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.4em}
 LIGHT
 @media(prefers-color-scheme:dark){
-:root{--paper:#141618;--ink:#e6e6e2;--soft:#a0a5ab;--rule:#2e3236;--mark:#3b3213;--bar:#56b4e9}img{filter:brightness(.88)}
+:root{--paper:#141618;--ink:#e6e6e2;--soft:#a0a5ab;--rule:#2e3236;--mark:#3b3213;--bar:#56b4e9}
+img{filter:brightness(.88)}
 DARK}
 """
 DARK = ("#4aa3df", "#f0803c", "#2cc295", "#dd9bc0", "#f0b232", "#8ccff5", "#f0e442", "#e6e6e2")  # lighter
