@@ -767,6 +767,9 @@ class Run:
                   + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
                   + (f"\ngoing on from step {self.step} of {self.source}" if saved else ""))
 
+    def draw(self, results):
+        """Pictures of a kind of run's own, in its folder; rank 0 alone is asked."""
+
     def update(self):
         """The weights after the gradients.  -> the gradient's norm ()"""
         optimizer, scaler, config = self.optimizer, self.scaler, self.config
@@ -1127,6 +1130,7 @@ def write_report(run, results):
         records = evaluate.Records(evaluate.Cache(out / "last.pt"), run.model)
         for task, result in results.items():
             records.add(f"{task} {run.tests()}", result)
+        run.draw(results)
         evaluate.report([out], out / "report.html", run.config.root)
         run.place.say(f"report: {out / 'report.html'}")
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of memory for a model on the CPU

@@ -289,7 +289,7 @@ class Labelled(torch.utils.data.Dataset):
 def mix(images, labels, classes, config, rng):
     """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of a batch with itself reversed, as timm does; smoothing.
 
-    images (B, 3, H, W), labels (B,) -> images, targets (B, C) whose rows are shares of the classes
+    images (B, 3, H, W), which may be changed, labels (B,) -> images, targets (B, C) whose rows are shares of classes
     """
     share = 1.0  # of each picture's own
     if config.mixup or config.cutmix:
@@ -297,11 +297,10 @@ def mix(images, labels, classes, config, rng):
         share = rng.beta(*[config.cutmix if cut else config.mixup] * 2)
         if cut:
             (y0, y1), (x0, x1) = (_part(side, math.sqrt(1 - share), rng) for side in images.shape[2:])
-            images = images.clone()
-            images[..., y0:y1, x0:x1] = images.flip(0)[..., y0:y1, x0:x1]
+            images[..., y0:y1, x0:x1] = images[..., y0:y1, x0:x1].flip(0)
             share = 1 - (y1 - y0) * (x1 - x0) / (images.size(2) * images.size(3))
         else:
-            images = share * images + (1 - share) * images.flip(0)
+            images = images.flip(0).lerp_(images, share)
     targets = torch.full((len(labels), classes), config.smoothing / classes, device=images.device)
     targets.scatter_(1, labels[:, None], 1 - config.smoothing + config.smoothing / classes)
     return images, share * targets + (1 - share) * targets.flip(0)
@@ -422,19 +421,17 @@ def open_run(config, place):
     sets = place.after_first(lambda: evaluate.probe_sets(config.data, config.root))  # the demo may be drawn
     if sets[0].targets.ndim > 1:
         raise ValueError(f"{sets[0].place}: pictures of several classes cannot be fine-tuned on here")
-    return open_tuning(Tuning, config, place, digest_of(sets[0].pictures, sets[0].targets.tolist()),
-                       lambda shape: Classifier(shape, len(sets[0].names)), sets=sets)
+    return open_tuning(Tuning, config, place, sets, sets[0].targets.tolist(),
+                       lambda shape: Classifier(shape, len(sets[0].names)))
 
 
-def digest_of(pictures, labels=()):
-    """What must be equal for a run to see the same pictures in the same order: names and labels, not places."""
-    names = [data.picture_name(picture).rpartition("/")[2] for picture in pictures]
-    return f"{len(names)} pictures, {zlib.crc32(repr((names, labels)).encode()):08x}"
+def open_tuning(kind, config, place, sets, labels, model_of):
+    """A run of `kind`, finetune's or segment's; sets: to train and to test; model_of(ModelConfig) -> its model.
 
-
-def open_tuning(kind, config, place, digest, model_of, **about):
-    """A run of `kind`, finetune's or segment's, on pictures with a digest_of; model_of(ModelConfig) -> its model."""
-    size = int(digest.partition(" ")[0])
+    It goes on where pictures' names and labels are the same, wherever they lie.
+    """
+    names = [data.picture_name(picture).rpartition("/")[2] for picture in sets[0].pictures]
+    size, digest = len(names), f"{len(names)} pictures, {zlib.crc32(repr((names, labels)).encode()):08x}"
     if config.batch_size > size:
         place.say(f"warning: {size} pictures are fewer than a batch of {config.batch_size}")
         config.batch_size = max(1, size // place.world) * place.world
@@ -450,7 +447,7 @@ def open_tuning(kind, config, place, digest, model_of, **about):
         train.check_space(config, model, teacher)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), config.lr, (0.9, 0.999), eps=1e-8,  # BEiT
                                   fused=True)
-    run = kind(config, place, model, teacher, optimizer, size, digest, source, **about)
+    run = kind(config, place, model, teacher, optimizer, size, digest, source, sets=sets)
     for line in model.remarks:
         place.say(f"{config.checkpoint}: {line}")
     numbers = sum(p.numel() for p in model.parameters())

@@ -319,18 +319,14 @@ class Segmentation(finetune.Tuning):
             logits = slide(model, data.normalize(pixels), size, size * 341 // 512)
         return resized(logits, image.size[::-1])[0].argmax(0).cpu()
 
-    def table(self, results):
-        """Results as text; predictions.png shows them."""
+    def draw(self, results):
+        """predictions.png: test pictures, their labels, and what the model says."""
         model, tests = (self.teacher or self.model).eval(), self.sets[1]
-        if self.place.rank == 0:
-            shown = evaluate.evenly(len(tests.pictures), 6)
-            examples = [(tests.pictures[i].name, image, np.array(label), self.guess(model, image).numpy())
-                        for i, (image, label) in ((i, tests.load(i)) for i in shown)]
-            (mean, *_), = (result["scores"].values() for result in results.values())
-            title = f"{Path(tests.name).name}: mIoU {100 * mean:.1f} on {len(tests.pictures):,} test pictures such as"
-            pictures.save(pictures.label_sheet(title, examples, tests.names),
-                          Path(self.config.out) / "predictions.png")
-        return super().table(results)
+        examples = [(tests.pictures[i].name, image, np.array(label), self.guess(model, image).numpy())
+                    for i, (image, label) in ((i, tests.load(i)) for i in evaluate.evenly(len(tests.pictures), 6))]
+        mean = results[self.task]["scores"]["mIoU"]
+        title = f"{Path(tests.name).name}: mIoU {100 * mean:.1f} on {len(tests.pictures):,} test pictures such as"
+        pictures.save(pictures.label_sheet(title, examples, tests.names), Path(self.config.out) / "predictions.png")
 
     def measure(self, model):
         """mIoU and pixel accuracy on the test set, each picture at its own size."""
@@ -367,8 +363,7 @@ def open_run(config, place):
         model = HEADS[config.head](shape, len(sets[0].names))
         several = place.device.type == "cuda" and place.world > 1  # on CPUs each rank has statistics of its own
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
-    return finetune.open_tuning(Segmentation, config, place, finetune.digest_of(sets[0].pictures, sets[0].names),
-                                model_of, sets=sets)
+    return finetune.open_tuning(Segmentation, config, place, sets, sets[0].names, model_of)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_a_picture_is_drawn_from_seed_epoch_and_number(world):
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixtures_have_the_labels_of_their_pixels(kind, seed):
     config = finetune.TuneConfig(mixup=0.8 * (kind == "mixup"), cutmix=1.0 * (kind == "cutmix"), smoothing=0.1)
-    images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 30), torch.tensor([0, 1, 2, 2])
+    images, labels = torch.arange(4.0).view(4, 1, 1, 1).repeat(1, 3, 20, 30), torch.tensor([0, 1, 2, 2])
     mixed, targets = finetune.mix(images, labels, 3, config, rng_of(seed))
     own = torch.full((4, 3), 0.1 / 3)
     for row, label in zip(own, labels):
@@ -190,7 +190,8 @@ def test_mixtures_have_the_labels_of_their_pixels(kind, seed):
 
 def test_half_of_the_batches_are_cut():
     config, images = finetune.TuneConfig(), torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 16, 16)
-    mixtures = [finetune.mix(images, torch.zeros(2, dtype=torch.long), 1, config, rng_of(i))[0] for i in range(2000)]
+    labels = torch.zeros(2, dtype=torch.long)
+    mixtures = [finetune.mix(images.clone(), labels, 1, config, rng_of(i))[0] for i in range(2000)]
     cut = [set(mixed.unique().tolist()) <= {0.0, 1.0} for mixed in mixtures]
     assert 0.47 < np.mean(cut) < 0.53
     plain = replace(config, mixup=0.0, cutmix=0.0, smoothing=0.0)
@@ -294,6 +295,15 @@ def test_upernet_learns_and_scores(world, tmp_path):
     assert Image.open(tmp_path / "predictions.png").width > 500
     page = (tmp_path / "report.html").read_text()
     assert "mIoU" in page and page.count("data:image/png") == 1 and "layer_decay" in page
+
+
+def test_a_sheet_that_cannot_be_written_is_a_warning(world, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(segment.pictures, "save", full)
+    tune(world, tmp_path, kind=segment, head="linear", batch_size=2, epochs=2)
+    assert "report.html not written: No space left on device" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())[0]["task"].startswith("segment ")
 
 
 @pytest.mark.parametrize("kind, changes, more, message", [
