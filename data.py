@@ -1727,21 +1727,26 @@ class SegmentationSet:
     remarks: tuple = ()
 
     def load(self, i):
-        """-> RGB picture, picture (L) of classes 0 .. C - 1, 255 for none.  Raises ValueError that names a file."""
-        image, file = load_picture(self.pictures[i]), self.labels[i]
+        """-> RGB picture, `label`.  Raises ValueError that names a file."""
+        return load_picture(self.pictures[i]), self.label(i)
+
+    def label(self, i):
+        """-> picture (L) of classes 0 .. C - 1, 255 for none.  Raises ValueError that names a file."""
+        file = self.labels[i]
         try:
+            width, height = upright_size(Image.open(self.pictures[i], formats=FORMATS))  # no pixel is decoded
             label = Image.open(file, formats=("PNG",))
             values = np.array(label)
         except BAD_IMAGE as error:
             raise ValueError(f"cannot read the label picture {file}: {error}") from error
-        if label.mode not in ("L", "P", "1", "I", "I;16") or label.size != image.size:
+        if label.mode not in ("L", "P", "1", "I", "I;16") or label.size != (width, height):
             raise ValueError(f"{file} is a picture of {label.width} x {label.height}, mode {label.mode}, of labels for "
-                             f"{image.width} x {image.height}: it must be as large, and one number a pixel (L or P)")
+                             f"{width} x {height}: it must be as large, and one number a pixel (L or P)")
         odd = (values > len(self.names)) & (values != 255)
         if odd.any():
             raise ValueError(f"{file} holds {values[odd].max()}: there are {len(self.names)} classes, from 1; 0 and "
                              "255 are left out")
-        return image, Image.fromarray(np.where(values == 255, 255, values.astype(np.int32) - 1).astype(np.uint8))
+        return Image.fromarray(np.where(values == 255, 255, values.astype(np.int32) - 1).astype(np.uint8))
 
 
 def segmentation_set(name, root="", split=""):

@@ -548,8 +548,11 @@ def encode_unit(model, pictures, view=None):
 
 
 @torch.no_grad()
-def encode_texts(model, tokenizer, texts, batch_size=512):
-    """Unit text features (n, E) on the CPU.  Batches hold texts of like length, so little is padding."""
+def encode_texts(model, tokenizer, texts, batch_size=512, alone=False):
+    """Unit text features (n, E) on the CPU.  Batches hold texts of like length, so little is padding.
+
+    alone: by this rank, without the others, of which each does its part else.
+    """
     def encoded(texts):
         tokens = [tokenizer(text, model.config.context_length)[0] for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
@@ -559,17 +562,19 @@ def encode_texts(model, tokenizer, texts, batch_size=512):
             rows = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
             out[part] = F.normalize(model.encode_text(rows.to(_device(model))).float(), dim=1).cpu()
         return out
-    return finite(shared_out(encoded, texts))
+    return finite(encoded(texts) if alone else shared_out(encoded, texts))
 
 
-def zeroshot_classifier(model, tokenizer, classnames, templates):
+def zeroshot_classifier(model, tokenizer, classnames, templates, alone=False):
     """One row per class: the mean of the unit features of its prompts, made unit again (CLIP).  -> (C, E)
 
-    templates: sentences with {} in the place of the class name.  A class may be a list of names (SLIP).
+    templates: sentences with {} in the place of the class name.  A class may be a list of names (SLIP).  alone: as in
+    encode_texts.
     """
     names = [[one] if isinstance(one, str) else one for one in classnames]
     prompts = [template.replace("{}", name) for several in names for name in several for template in templates]
-    features = encode_texts(model, tokenizer, prompts).split([len(several) * len(templates) for several in names])
+    features = encode_texts(model, tokenizer, prompts, alone=alone)
+    features = features.split([len(several) * len(templates) for several in names])
     return F.normalize(torch.stack([rows.mean(0) for rows in features]), dim=1)
 
 
@@ -791,7 +796,7 @@ def dense(model, tokenizer, tests):
     side, size = model.config.grid, model.config.image_size
     confusion = torch.zeros(len(tests.names), len(tests.names), dtype=torch.long)
     for i, rows in enumerate(features):
-        label = data.center_crop(tests.load(i)[1], size, Image.NEAREST)                              # (size, size)
+        label = data.center_crop(tests.label(i), size, Image.NEAREST)                                # (size, size)
         maps = (rows @ classifier.T).T.reshape(1, -1, side, side)                                    # (1, C, g, g)
         guess = F.interpolate(maps, (size, size), mode="bilinear")[0].argmax(0)                      # (size, size)
         confusion += confusion_matrix(guess, torch.from_numpy(np.array(label)), len(tests.names))
@@ -1032,10 +1037,7 @@ def heat_rows(model, tokenizer, image, caption, side=224, name="picture", column
     words = things(caption)
     if not words:
         raise ValueError(f"--heatmap: the caption {caption!r} has no word to look for")
-    # Not by zeroshot_classifier, in which all ranks of a training run would have to take part.
-    rows = [torch.cat([F.normalize(model.encode_text(tokenizer(prompt, model.config.context_length).to(_device(model)))
-                                   .float().cpu(), dim=1) for prompt in (word, f"a {word}")]) for word in words]
-    classifier = F.normalize(torch.stack(rows).mean(1), dim=1)                                           # (words, E)
+    classifier = zeroshot_classifier(model, tokenizer, words, ("{}", "a {}"), alone=True)                # (words, E)
     patches = F.normalize(model.encode_patches(_pixels(model, [image])).float().cpu()[0], dim=1)         # (N, E)
     maps = classifier @ patches.T                                                                        # (words, N)
     if len(words) > 2:  # of two words, each map would be the other's negative
