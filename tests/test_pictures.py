@@ -30,6 +30,12 @@ from downstream import pictures
 HOSTILE = '<script>alert("x")</script> & </td> \'" é 漢字'
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Not where a user may have drawn the demo into data/."""
+    monkeypatch.chdir(tmp_path)
+
+
 def save_run(folder, method="maskclip", **changes):
     """A last.pt as train.py writes it, with fresh weights.  -> model"""
     folder.mkdir(parents=True, exist_ok=True)
