@@ -133,6 +133,17 @@ def update_center(center, teacher_logits, momentum=0.9):
     center.lerp_(torch.where(mean.isfinite(), mean, center), 1 - momentum)
 
 
+@torch.no_grad()
+def codeword_use(teacher_logits, center, teacher_temp=0.04):
+    """How the teacher uses its codewords: where all patches fall on a few of them, the targets have collapsed.
+
+    teacher_logits (R, K), center (K,) -> (2, K): sums over R of its distributions, and of their most likely codewords
+    """
+    logits = teacher_logits.float() - center
+    return torch.stack([(logits / teacher_temp).softmax(-1).sum(0),
+                        logits.argmax(-1).bincount(minlength=len(center)).float()])
+
+
 def mlm_loss(logits, targets, total=None):
     """L_MLM = mean over all masked tokens of -log softmax(logits)[target]  (BERT)
 

@@ -38,6 +38,7 @@ class ModelConfig:
     text_heads: int = 8                 # paper
     text_decoder_depth: int = 4         # paper
     codewords: int = 8192               # iBOT; the paper does not say
+    distill: str = "hidden"             # patches whose codewords are predicted: the paper's, or "all"
     mae_decoder_depth: int = 8          # MAE, for method "mae" alone; the others decode with ONE block (paper)
     ssl_hidden: int = 4096              # SLIP's MLP head, 4096-4096-256
     ssl_dim: int = 256
@@ -72,6 +73,17 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+def attention(q, k, v, mask=None, causal=False):
+    """q (B, heads, R, D), k and v (B, heads, L, D), mask of the keys, bool, (B, 1, 1, L) -> (B, heads, R, D)."""
+    if q.is_cuda or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    # On the CPU PyTorch's kernel takes several times as long as its definition in bfloat16 (bench.py parts).
+    scores = q * q.size(-1) ** -0.5 @ k.mT                                          # (B, heads, R, L)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values."""
 
@@ -88,7 +100,7 @@ class Attention(nn.Module):
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B, heads, L, D/heads)
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        x = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask, is_causal=causal)
+        x = attention(q[:, :, rows], k, v, mask, causal)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def values(self, x):
@@ -219,14 +231,17 @@ class ImageDecoder(nn.Module):
         self.blocks = nn.Sequential(*(Block(c.width, c.heads, c.image_norm_eps) for _ in range(depth)))
         self.norm = nn.LayerNorm(c.width, c.image_norm_eps)
 
-    def forward(self, f, ids_keep, ids_hide):
-        """f (B, 1 + V, D) -> g (B, M, D), in the order of ids_hide.  Order is free, for each token has its position."""
+    def forward(self, f, ids_keep, ids_hide, visible=False):
+        """f (B, 1 + V, D) -> g (B, M, D), in the order of ids_hide; with `visible` (B, N, D), those of ids_keep first.
+
+        Order is free, for each token has its position.
+        """
         B, M = ids_hide.shape
         x = torch.cat([f, self.mask_token.expand(B, M, -1)], 1)                           # (B, 1 + N, D)
         places = torch.cat([ids_keep.new_zeros(B, 1), 1 + ids_keep, 1 + ids_hide], 1)     # (B, 1 + N)
         # F.embedding, for the gradient of plain indexing is summed in a random order on several CPU threads.
         x = self.blocks[:-1](x + F.embedding(places, self.pos_embed))
-        return self.norm(self.blocks[-1](x, rows=slice(f.size(1), None)))                 # (B, M, D)
+        return self.norm(self.blocks[-1](x, rows=slice(1 if visible else f.size(1), None)))   # (B, M or N, D)
 
 
 class TextDecoder(nn.Module):
@@ -462,11 +477,16 @@ class MaskCLIP(CLIP):
         self.text_decoder = TextDecoder(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    def distilled(self, batch):
+        """The patches whose codewords are predicted: (B, M) the hidden ones, or (B, N) the visible ones and them."""
+        keep, hide = batch["ids_keep"], batch["ids_hide"]
+        return torch.cat([keep, hide], 1) if self.config.distill == "all" else hide
+
     def masked(self, batch):
-        """-> student_logits (B, M, K) of the hidden patches, mlm_logits (R, V) of the masked tokens."""
+        """-> student_logits (B, M or N, K) of the patches `distilled`, mlm_logits (R, V) of the masked tokens."""
         f = self.visual(batch["images"], batch["ids_keep"])                            # (B, 1 + V, D)
-        g = self.image_decoder(f, batch["ids_keep"], batch["ids_hide"])                # (B, M, D)
-        student_logits = self.codewords(g)                                             # (B, M, K)
+        g = self.image_decoder(f, batch["ids_keep"], batch["ids_hide"], self.config.distill == "all")
+        student_logits = self.codewords(g)                                             # (B, M or N, K)
 
         masked = batch["mlm_tokens"]                                                   # (B, L)
         key_mask = (masked == self.eot).cumsum(1) - (masked == self.eot).int() == 0    # (B, L) up to the first end
@@ -489,10 +509,10 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images, ids_hide):
-        """The FULL image -> logits (B, M, K) of the patches that are hidden from the student."""
+    def forward(self, images, ids):
+        """The FULL image -> logits (B, M, K) of some patches (B, M): those that are hidden from the student."""
         x = self.visual(images)[:, 1:]                                                 # (B, N, D)
-        return self.codewords(x.gather(1, ids_hide[..., None].expand(-1, -1, x.size(-1))))
+        return self.codewords(x.gather(1, ids[..., None].expand(-1, -1, x.size(-1))))
 
 
 @torch.no_grad()

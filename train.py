@@ -81,6 +81,9 @@ class TrainConfig(LoopConfig):
     mask: str = flag("block", "block or random: which patches are hidden")                  # our choice
     mask_ratio: float = flag(0.75, "share of the patches that is hidden")                   # paper
     mlm_ratio: float = flag(0.2, "share of a caption's tokens that is masked")              # paper
+    codewords: int = flag(0, "K of the online tokenizer; 0: the model's (8192, iBOT)")
+    distill: str = flag("hidden", "hidden or all: the patches whose codewords are predicted")    # paper
+    text_decoder_depth: int = flag(-1, "blocks of the text decoder; -1: the model's (4, paper)")
     distill_weight: float = flag(0.05, "lambda, weight of masked self-distillation")        # paper
     mlm_weight: float = flag(0.05, "beta, weight of masked language modelling")             # paper
     pixel_weight: float = flag(0.05, "weight of the pixel loss beside CLIP: lambda's place")  # our choice
@@ -115,7 +118,7 @@ METHOD_RECIPES = dict(
 # Settings of pretraining that may differ when a run goes on, beside those of LoopConfig.
 FREE = ("micro_batch", "compile", "bad_limit")
 # Settings that a run keeps even with --force: they are in the shapes of its weights, or count its steps.
-FIXED = ("method", "model", "vocab_size", "init", "batch_size")
+FIXED = ("method", "model", "vocab_size", "init", "batch_size", "codewords", "text_decoder_depth")
 
 
 def given(config, about, argv=None):
@@ -144,9 +147,10 @@ def resolve(given):
     of_method = METHOD_RECIPES.get(given.get("method"), {}) if recipe != "demo" else {}
     config = TrainConfig(**{**RECIPES[recipe], **of_method, **given, "data": names})
     return settled(config, names, f"runs/{{}}-{config.method}",
-                   dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random")),
-                   ((0, math.inf, ("micro_batch",)), (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",)),
-                    (0.01, 0.99, ("mask_ratio",))))
+                   dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"),
+                        distill=("hidden", "all")),
+                   ((0, math.inf, ("micro_batch", "codewords")), (-1, math.inf, ("text_decoder_depth",)),
+                    (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",)), (0.01, 0.99, ("mask_ratio",))))
 
 
 def settled(config, names, out, choices, ranges):
@@ -214,7 +218,7 @@ def masked_terms(out, batch, teacher_logits, center, patch_size, totals):
                                            total=totals.get("hidden"))
     if "student_logits" in out:
         terms["distill"] = losses.distillation_loss(out["student_logits"].flatten(0, 1), teacher_logits, center,
-                                                    total=totals.get("hidden"))
+                                                    total=totals.get("distilled"))
     if "mlm_logits" in out:
         terms["mlm"] = losses.mlm_loss(out["mlm_logits"], batch["mlm_targets"], totals.get("words"))
     return terms
@@ -271,38 +275,42 @@ class Step:
     def gradients(self, parts):
         """Of a batch in parts (`split`, `sent`).
 
-        -> loss terms {name: ()}, unweighted; image and text features, if any; the teacher's mean logits of each part
+        -> loss terms {name: ()}, unweighted; image and text features, if any; of the teacher (parts, 3, K): each part's
+        mean logits and losses.codeword_use
         """
-        terms, features, means = {}, {}, None
+        terms, features, of_teacher = {}, {}, None
         totals = self.totals(parts) if len(parts) > 1 else {}
         for name in self.model.passes:
             # DDP averages when the last pass goes back.  What only the others left in .grad it averages too: its hooks
             # note each parameter that had a gradient, though it is not asked (find_unused_parameters).
             module = self.student if name == self.model.passes[-1] else self.model
             if name == "masked":
-                of_parts, means = zip(*(self.masked(module, part, totals) for part in parts))
+                of_parts, of_teacher = zip(*(self.masked(module, part, totals) for part in parts))
                 of_pass = {key: sum(of_part[key] for of_part in of_parts) for key in of_parts[0]}
-                means = torch.cat(means) if self.teacher else None
+                of_teacher = torch.stack(of_teacher) if self.teacher else None
             else:
                 of_pass, out = self.cached(name, parts) if len(parts) > 1 else self.whole(module, name, *parts)
                 features |= {key: out[key].detach() for key in ("image", "text") if key in out}
             terms = {key: term.detach() for key, term in of_pass.items()} | terms  # CLIP's come first in the log
         if len(parts) > 1:
             average_gradients(self.model)
-        return terms, features, means
+        return terms, features, of_teacher
 
     def masked(self, module, part, totals):
-        """The masked pass through one part, forward and back.  -> terms, the teacher's mean logits (1, K) or None"""
+        """The masked pass through one part, forward and back.  -> terms, of the teacher (3, K) or None"""
         part = normalized(part, "images")
         with self.amp:
             logits, out = self.targets(part), module(part, ("masked",))
         terms = masked_terms(out, part, logits, self.center, self.patch_size, totals)
         self.loss(terms).backward()
-        return terms, logits.mean(0, keepdim=True, dtype=torch.float32) if self.teacher else None
+        if not self.teacher:
+            return terms, None
+        return terms, torch.cat([logits.mean(0, keepdim=True, dtype=torch.float32),
+                                 losses.codeword_use(logits, self.center)])
 
     def targets(self, batch):
         """The teacher's logits (B * M, K), None without a teacher."""
-        return self.teacher(batch["images"], batch["ids_hide"]).flatten(0, 1) if self.teacher else None
+        return self.teacher(batch["images"], self.model.distilled(batch)).flatten(0, 1) if self.teacher else None
 
     def whole(self, module, name, batch):
         """A pass that compares pairs, forward and back.  -> terms, what forward gave"""
@@ -339,6 +347,8 @@ class Step:
         """Hidden patches and masked words of the global batch: the masked losses are means over all of them."""
         numbers = {name: sum(part[ids].numel() for part in parts) for name, ids in
                    (("hidden", "ids_hide"), ("words", "mlm_ids")) if ids in parts[0]}
+        if self.teacher:
+            numbers["distilled"] = sum(self.model.distilled(part).numel() for part in parts)
         return {name: losses.all_sum(torch.full((), float(n), device=self.device)) for name, n in numbers.items()}
 
     def largest_part(self, batch):
@@ -356,7 +366,7 @@ class Step:
             part, = self.sent(split(batch, count)[:1])
             for name in self.model.passes:  # no rank waits for another here
                 if name == "masked":
-                    self.masked(self.model, part, dict(hidden=ones, words=ones))
+                    self.masked(self.model, part, dict(hidden=ones, distilled=ones, words=ones))
                 else:
                     features = self.features(name, part).values()
                     torch.autograd.backward(list(features), [torch.zeros_like(x) for x in features])
@@ -767,6 +777,10 @@ class Run:
                   + " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
                   + (f"\ngoing on from step {self.step} of {self.source}" if saved else ""))
 
+    def watch(self):
+        """What the log has beside the losses, of all ranks."""
+        return {}
+
     def draw(self, results):
         """Pictures of a kind of run's own, in its folder; rank 0 alone is asked."""
 
@@ -794,6 +808,17 @@ class Pretraining(Run):
     """The paper's: pairs, six methods."""
     pairs: data.Pairs = None
     tokenizer: Tokenizer = None
+    codeword_use: torch.Tensor = None   # (2, K) of this rank's last batch
+
+    def watch(self):
+        """Whether the teacher's targets collapse: the entropy of its mean distribution over the codewords, in nats (at
+        most log K), and the number of codewords that are some patch's most likely one.
+        """
+        if self.codeword_use is None:
+            return {}
+        distribution, count = losses.all_sum(self.codeword_use)
+        entropy = torch.special.entr(distribution / distribution.sum()).sum()
+        return dict(codeword_entropy=entropy.item(), codewords_used=int((count > 0).sum()))
 
     def facts(self):
         """What a checkpoint holds of this kind of run alone."""
@@ -865,7 +890,11 @@ def make_tokenizer(config, pairs, saved):
 def make_model(config, place, vocab_size, init):
     """A model with fresh weights, or those of --init as far as they go.  Raises ValueError where they do not fit."""
     torch.manual_seed(config.seed)
-    shape = dataclasses.replace(models.PRESETS[config.model], method=config.method, vocab_size=vocab_size)
+    shape = models.PRESETS[config.model]
+    shape = dataclasses.replace(
+        shape, method=config.method, vocab_size=vocab_size, codewords=config.codewords or shape.codewords,
+        distill=config.distill,
+        text_decoder_depth=shape.text_decoder_depth if config.text_decoder_depth < 0 else config.text_decoder_depth)
     if not init:
         return models.build(shape)
     like = ("quick_gelu", "pre_norm", "patch_bias", "image_norm_eps")  # of the tower, beside its shape
@@ -983,14 +1012,15 @@ def advance(run, step, parts):
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
-    terms, features, teacher_means = step.gradients(parts)
+    terms, features, of_teacher = step.gradients(parts)
     norm = run.update()
     if "text" in model.needs:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP
     if teacher:
         models.ema_update(teacher, model, momentum)
-        losses.update_center(teacher.center, teacher_means)
+        losses.update_center(teacher.center, of_teacher[:, 0])
+        run.codeword_use = of_teacher[:, 1:].sum(0)
     return terms, features, norm, dict(lr=lr) | (dict(ema=momentum) if teacher else {})
 
 
@@ -1032,6 +1062,7 @@ def loop(run, log):
             *means, bad = (sums / sums.new_tensor([place.world] * len(values) + [1])).tolist()
             values, bad = dict(zip(values, means)), int(bad)
             check(run, values, bad, saved_step)
+            watched = run.watch()
         pause = time.time()
         results = run.evaluate() if evaluate_now else {}
         clock += time.time() - pause
@@ -1042,7 +1073,7 @@ def loop(run, log):
             spent, peak = time.time() - clock, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
                 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             log.write(dict(step=run.step, epoch=run.step / run.per_epoch, **values, **scores,
-                           **dict(scale=run.model.logit_scale.exp().item()) if features else {}, **schedules,
+                           **dict(scale=run.model.logit_scale.exp().item()) if features else {}, **watched, **schedules,
                            grad_norm=norm.item(), skipped=int(run.skipped),
                            **dict(loss_scale=run.scaler.get_scale()) if run.scaler.is_enabled() else {}, bad=bad,
                            **dict(bad_pairs=named) if named else {}, pictures_per_s=round(seen / spent, 1),

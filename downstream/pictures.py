@@ -301,6 +301,7 @@ PANELS = {
     "masked and self-supervised losses": ("distill", "mlm", "pixel", "simclr"),
     "accuracy in the batch": ("accuracy",), "score while training": ("zeroshot", "linear", "finetune", "segment"),
     "scale 1 / sigma": ("scale",), "learning rate": ("lr",), "teacher's momentum": ("ema",),
+    "entropy of the teacher's mean codewords": ("codeword_entropy",), "codewords in use": ("codewords_used",),
     "norm of the gradient": ("grad_norm",), "pictures/s": ("pictures_per_s",),
     "share of time waiting for data": ("data_wait",),
 }

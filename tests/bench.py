@@ -279,6 +279,10 @@ def parts():
         embed = model.visual.patch_embed.proj
         return F.linear(p, embed.weight.flatten(1), embed.bias)
 
+    def attended(function, length):
+        q = torch.randn(size, 12, length, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        return lambda: torch.autograd.grad(function(q, q, q).sum(), q)
+
     def full_image(mode):
         with mode, amp:
             teacher.visual(images)
@@ -292,6 +296,8 @@ def parts():
             backward(lambda: model.visual.patch_embed(images)), backward(product)),
         "teacher without gradient, over inference mode": (
             lambda: full_image(torch.no_grad()), lambda: full_image(torch.inference_mode())),
+        "attention to 197 tokens in bf16, over PyTorch's": (
+            attended(models.attention, 197), attended(F.scaled_dot_product_attention, 197)),
         "EMA by foreach, over one by one": (lambda: models.ema_update(teacher, model, 0.999), one_by_one),
         "AdamW fused, over foreach": (fused.step, foreach.step),
     }

@@ -103,6 +103,40 @@ def test_the_last_block_computes_no_rows_that_are_not_read():
         lambda: model.image_decoder(f, batch["ids_keep"], batch["ids_hide"])) == 5 * token
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(3)])
+@pytest.mark.parametrize("what", ["all", "causal", "mask"])
+def test_attention_in_bfloat16_on_the_cpu_is_its_definition(what, rows):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 8, generator=g).requires_grad_() for _ in range(3))
+    mask = torch.ones(2, 1, 1, 9).bool()
+    mask[0, ..., 5:] = False
+    how = dict(all={}, causal=dict(causal=True), mask=dict(mask=mask))[what]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = models.attention(*(x.bfloat16() for x in (q[:, :, rows], k, v)), **how)
+    theirs = F.scaled_dot_product_attention(q[:, :, rows], k, v, how.get("mask"), is_causal=what == "causal")
+    assert ours.dtype == torch.bfloat16 and torch.allclose(ours.float(), theirs, atol=0.02)
+    weight = torch.randn(theirs.shape, generator=g)
+    of_ours, of_theirs = (torch.autograd.grad((x.float() * weight).sum(), (q, k, v)) for x in (ours, theirs))
+    assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(of_ours, of_theirs, strict=True))
+
+
+def test_all_patches_are_distilled_in_one_order_by_student_and_teacher():
+    batch = batch_of(SMALL)
+    torch.manual_seed(0)
+    hidden = shaken(build(replace(SMALL, method="maskclip")))
+    everything = build(replace(SMALL, method="maskclip", distill="all"))
+    everything.load_state_dict(hidden.state_dict())
+    few, many = hidden.masked(batch)["student_logits"], everything.masked(batch)["student_logits"]
+    assert many.shape == (3, 16, 12) and torch.allclose(many[:, 4:], few, atol=1e-5)  # the visible ones come first
+    ids, teacher = everything.distilled(batch), Teacher(hidden)
+    assert ids.sort(1).values.tolist() == [list(range(16))] * 3
+    assert torch.equal(teacher(batch["images"], ids)[:, 4:], teacher(batch["images"], hidden.distilled(batch)))
+    decoder, keep, hide = everything.image_decoder, batch["ids_keep"], batch["ids_hide"]
+    x = torch.cat([everything.visual(batch["images"], keep), decoder.mask_token.expand(3, 12, -1)], 1)
+    x = decoder.blocks(x + decoder.pos_embed[torch.cat([torch.zeros(3, 1).long(), 1 + keep, 1 + hide], 1)])
+    assert torch.allclose(many, everything.codewords(decoder.norm(x[:, 1:])), atol=1e-5)
+
+
 def test_unknown_method_and_patch_size_are_refused():
     with pytest.raises(ValueError, match="unknown method 'clop'"):
         build(replace(SMALL, method="clop"))

@@ -107,9 +107,9 @@ def test_weight_decay_is_for_matrices_alone():
 
 # ---------------------------------------------------------------- one step's gradients
 
-def gradients(method, count, rank=0, world=1):
-    """A step on 8 pairs, a rank's share in `count` parts -> gradients, terms, features, the teacher's mean logits."""
-    config = replace(SMALL, method=method)
+def gradients(method, count, rank=0, world=1, **changes):
+    """A step on 8 pairs, a rank's share in `count` parts -> gradients, terms, features, what the teacher gave."""
+    config = replace(SMALL, method=method, **changes)
     torch.manual_seed(0)
     model = models.build(config)
     weights = dict.fromkeys(("distill_weight", "mlm_weight", "pixel_weight", "simclr_weight"), 0.5)
@@ -127,8 +127,8 @@ def gradients(method, count, rank=0, world=1):
     share = train.split(batch, world)[rank]
     for _ in range(2):  # DDP's second step is another than its first
         model.zero_grad(set_to_none=True)
-        terms, features, means = step.gradients(step.sent(train.split(share, parts)))
-    return {name: p.grad for name, p in model.named_parameters()}, terms, features, means
+        terms, features, of_teacher = step.gradients(step.sent(train.split(share, parts)))
+    return {name: p.grad for name, p in model.named_parameters()}, terms, features, of_teacher
 
 
 def process(rank, folder):
@@ -152,10 +152,10 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-@pytest.mark.parametrize("method", models.METHODS)
-def test_a_step_in_parts_equals_the_whole(method, count):
+@pytest.mark.parametrize("method,distill", [*((method, "hidden") for method in models.METHODS), ("maskclip", "all")])
+def test_a_step_in_parts_equals_the_whole(method, distill, count):
     """All gradients, SimCLR's with its batch normalisation too; uneven numbers of masked words; the teacher's means."""
-    whole, parts = gradients(method, 1), gradients(method, count)
+    whole, parts = (gradients(method, n, distill=distill) for n in (1, count))
     for name, gradient in whole[0].items():
         scale = max(gradient.abs().max().item(), 0.05)  # some are 0 but for rounding, as those before a normalisation
         assert torch.allclose(gradient, parts[0][name], atol=1e-5 * scale), name
@@ -165,8 +165,9 @@ def test_a_step_in_parts_equals_the_whole(method, count):
     assert set(whole[2]) == ({"image", "text"} if "text" in models.METHODS[method].needs else set())
     assert all(torch.allclose(x, parts[2][name], atol=1e-5) for name, x in whole[2].items())
     if method == "maskclip":
-        assert parts[3].shape == (count, SMALL.codewords)
-        assert torch.allclose(whole[3][0], parts[3].mean(0), atol=1e-5)
+        assert parts[3].shape == (count, 3, SMALL.codewords)
+        assert torch.allclose(whole[3][0, 0], parts[3][:, 0].mean(0), atol=1e-5)
+        assert torch.allclose(whole[3][0, 1:], parts[3][:, 1:].sum(0), atol=1e-4)
 
 
 def test_the_bytes_that_live_are_counted():
@@ -454,8 +455,9 @@ def test_memory_that_is_freed_is_kept_for_the_next_tensor():
 def test_a_line_of_the_log(shards, tmp_path):
     train.run(small(shards, tmp_path, steps=3, log_every=2))
     first, last = lines(tmp_path)
-    assert list(first) == ["step", "epoch", "image", "text", "distill", "mlm", "accuracy", "scale", "lr", "ema",
-                           "grad_norm", "skipped", "bad", "pictures_per_s", "data_wait", "memory_gib"]
+    assert list(first) == ["step", "epoch", "image", "text", "distill", "mlm", "accuracy", "scale",
+                           "codeword_entropy", "codewords_used", "lr", "ema", "grad_norm", "skipped", "bad",
+                           "pictures_per_s", "data_wait", "memory_gib"]
     assert (first["step"], last["step"], first["epoch"]) == (2, 3, 0.25) and first["ema"] == 0.99
     config = small(shards, tmp_path)
     assert last["lr"] == train.learning_rate(2, config, 8) and 0 <= last["accuracy"] <= 1
@@ -463,6 +465,39 @@ def test_a_line_of_the_log(shards, tmp_path):
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     made_by = state["made_by"]
     assert made_by["torch"] == torch.__version__ and len(made_by["commit"].removesuffix("-dirty")) == 40
+
+
+def test_a_collapse_of_the_targets_shows_in_the_log(shards, tmp_path):
+    """A teacher to which all patches look alike, and one of which each codeword is some patch's."""
+    run = train.open_run(small(shards, tmp_path, codewords=64), train.join(1))
+    assert run.watch() == {}
+    batch = next(run.batches(3))
+    batch.pop("bad", None)
+    run.advance(batch)
+    healthy = run.watch()
+    few = run.codeword_use[1].count_nonzero().item()
+    p = run.codeword_use[0].double() / (8 * 48)
+    assert healthy == dict(codeword_entropy=pytest.approx(-(p * p.log()).sum().item(), rel=1e-4), codewords_used=few)
+    assert healthy["codeword_entropy"] < math.log(64) and few > 8
+    with torch.no_grad():
+        run.teacher.visual.norm.weight.zero_()
+        run.teacher.visual.norm.bias.fill_(1.0)
+    run.advance(batch)
+    collapsed = run.watch()
+    assert collapsed["codewords_used"] == 1
+
+
+def test_what_is_ablated_reaches_the_model(shards, tmp_path):
+    """K, the depth of the text decoder, and the patches that are distilled; 0 and -1 leave the preset's."""
+    preset = train.make_model(small(shards, tmp_path), None, 600, None).config
+    assert (preset.codewords, preset.text_decoder_depth, preset.distill) == (512, 1, "hidden")
+    config = small(shards, tmp_path, codewords=33, text_decoder_depth=0, distill="all", steps=2, micro_batch=4)
+    train.run(config)
+    model, _ = evaluate.load_model(tmp_path / "last.pt")
+    assert model.codewords.weight.shape == (33, 128) and not model.text_decoder.blocks
+    assert model.config.distill == "all" and all(line["codewords_used"] <= 33 for line in lines(tmp_path))
+    with pytest.raises(ValueError, match="--codewords 33 there, 34 now"):
+        train.run(small(shards, tmp_path, codewords=34, text_decoder_depth=0, distill="all", force=True))
 
 
 @pytest.mark.peers
