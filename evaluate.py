@@ -8,8 +8,10 @@ sets stand in prompts.json.  The newest checkpoint under runs/ is taken unless -
     python evaluate.py --zeroshot FOLDER/WITH/CLASS/FOLDERS --checkpoint runs/demo-maskclip/last.pt ViT-B-16.pt
     python evaluate.py --heatmap picture.png "a red star above a blue circle"
     python evaluate.py --report runs/a runs/b
+    python evaluate.py --compare runs/*
 """
 import argparse
+import collections
 import dataclasses
 import fcntl
 import glob
@@ -21,6 +23,7 @@ import os
 import pickle
 import platform
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -1116,6 +1119,25 @@ def about_run(folder, root="data"):
 
     Raises FileNotFoundError for a folder with neither checkpoint nor log, ValueError for damaged files.
     """
+    run, state = read_run(folder)
+    config, last = state.get("config", {}), Path(folder, "last.pt")
+    try:
+        run["sheets"] = run_sheets(last, config, data_names(config), root) if "tokenizer" in state else []
+        for file in [last.with_name("predictions.png")] if last.with_name("predictions.png").is_file() else ():
+            run["sheets"].append(("Test pictures, their labels, and what the run says.", data.load_picture(file)))
+    except (OSError, ValueError) as error:  # of the test pictures: the numbers are there all the same
+        run["remarks"].append(f"No pictures: {error}")
+    return run
+
+
+def data_names(config):
+    """The data sets in the settings of a run; downstream/'s runs have one."""
+    names = config.get("data", [])
+    return [names] if isinstance(names, str) else names
+
+
+def read_run(folder):
+    """-> what `about_run` says of a run, but for the pictures; the checkpoint, {} without.  Raises what it raises."""
     folder = Path(folder)
     log, last = folder / "log.jsonl", folder / "last.pt"
     if not log.is_file() and not last.is_file():
@@ -1126,17 +1148,16 @@ def about_run(folder, root="data"):
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
     if not last.is_file():
         run["about"] = dict(folder=str(folder), date=date)
-        return run | dict(remarks=[f"{folder} has no last.pt yet: its log is all there is."])
+        return run | dict(remarks=[f"{folder} has no last.pt yet: its log is all there is."]), {}
     state = read_checkpoint(last)
     config, made_by = state.get("config", {}), state.get("made_by", {})
     method, step = state["model_config"]["method"], state.get("step", 0)
     epoch = next((record.get("epoch", 0) for record in reversed(records) if record["step"] <= step), 0)
-    names = config.get("data", [])
-    names = [names] if isinstance(names, str) else names  # downstream/'s runs have one
+    run["epoch"] = epoch
     run["about"] = dict(
         folder=str(folder), method=method, model=config.get("checkpoint") or config.get("model", "-"),
         parameters=f"{sum(x.numel() for x in state['model'].values()) / 1e6:.1f} M",
-        data=f"{', '.join(names)}: {state.get('pairs', '-').partition(',')[0]}", steps=f"{step:,}",
+        data=f"{', '.join(data_names(config))}: {state.get('pairs', '-').partition(',')[0]}", steps=f"{step:,}",
         epochs=f"{epoch:.2f} of {config.get('epochs', '-')}", date=date, **made_by)
     run["config"] = {name: " ".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in config.items()}
     run["paper"] = data.prompts()["paper"].get(method, {})
@@ -1146,16 +1167,15 @@ def about_run(folder, root="data"):
             counts = [f"{n:,} {what.replace('_', ' ')}" for what, n in record["protocol"].items()
                       if what in ("pictures", "classes", "texts", "training_pictures")]
             twin = run["scores"].get(record["task"], record)["protocol"]  # the same by another protocol
-            other = [f"{name} {x}" for name, x in record["protocol"].items() if name != "place" and twin.get(name) != x]
+            other = unlike({name: x for name, x in record["protocol"].items() if name != "place"}, twin)
             task = record["task"] + f" ({', '.join(other)})" * bool(other)
             run["scores"][task] = record | dict(over=", ".join(counts))
-    try:
-        run["sheets"] = run_sheets(last, config, names, root) if "tokenizer" in state else []
-        for file in [folder / "predictions.png"] if (folder / "predictions.png").is_file() else ():
-            run["sheets"].append(("Test pictures, their labels, and what the run says.", data.load_picture(file)))
-    except (OSError, ValueError) as error:  # of the test pictures: the numbers are there all the same
-        run["remarks"].append(f"No pictures: {error}")
-    return run
+    return run, state
+
+
+def unlike(protocol, twin):
+    """What a protocol has that another has not, in words."""
+    return [f"{name} {x}" for name, x in protocol.items() if twin.get(name) != x]
 
 
 def run_sheets(path, config, names, root, count=3, side=160):
@@ -1187,6 +1207,150 @@ def run_sheets(path, config, names, root, count=3, side=160):
 def report(folders, path, root="data"):
     """Write the report of runs, by their folders, to an HTML file.  Raises OSError, ValueError."""
     pictures.report([about_run(folder, root) for folder in folders], path)
+
+
+# ---------------------------------------------------------------- runs compared
+
+# Settings in which the runs of a row may differ: the seed, and what train.py lets differ when a run goes on.
+FREE = ("seed", "root", "out", "grad_checkpointing", "workers", "log_every", "eval_every", "save_minutes", "keep",
+        "resume", "force", "timeout_minutes", "steps", "micro_batch", "compile", "bad_limit")
+PAPER_COLUMNS = {"IN-1K zero-shot": ("zeroshot imagenet", "accuracy"), "linear": ("linear imagenet", "accuracy"),
+                 "Flickr30K I2T R@1": ("retrieval flickr30k", "i2t R@1"), "T2I R@1": ("retrieval flickr30k", "t2i R@1")}
+
+
+def compare(folders):
+    """The paper's table 1 for runs of train.py, as Markdown: cost and scores, a row for runs that differ in seed alone.
+
+    Scores: per cent, mean and standard deviation over the row's runs, of the weights in their last.pt.  Below: what
+    each row has more than CLIP's, with the standard error; the paper's numbers; remarks.  Raises FileNotFoundError for
+    a folder without last.pt, ValueError for damaged files.
+    """
+    tests, groups = {}, {}
+    runs = [compared_run(Path(folder), tests) for folder in folders]
+    for run in runs:
+        groups.setdefault(tuple(sorted(run["settings"].items())), []).append(run)
+    (labels, clip), groups = row_labels([dict(settings) for settings in groups]), list(groups.values())
+    heads = list(dict.fromkeys(head for group in groups for run in group for head in run["scores"]))
+    scores = [[[run["scores"][head] for run in group if head in run["scores"]] for head in heads] for group in groups]
+    costs = [{name: statistics.mean(run["cost"][name] for run in group) for name in group[0]["cost"]}
+             if all(run["cost"] for run in group) else {} for group in groups]
+    rows, gaps = [["", "seeds", "epochs", "minutes", "memory", "time", *heads]], []
+    for i, (label, group, cost) in enumerate(zip(labels, groups, costs)):
+        base = cost and clip is not None and costs[clip]
+        rows.append([label, str(len(group)), *((f"{cost['epochs']:.3g}", f"{cost['minutes']:.1f}") if cost else "--"),
+                     *(f"{cost[name] / base[name]:.2f}x" if base else "-" for name in ("memory", "time")),
+                     *map(score_cell, scores[i])])
+        if clip not in (None, i) and any(cells := [gap_cell(*pair) for pair in zip(scores[i], scores[clip])]):
+            gaps.append([f"{label} less {labels[clip]}", *[""] * 5, *(cell or "-" for cell in cells)])
+    parts, paper = [markdown(rows + gaps)], data.prompts()["paper"]
+    if known := [method for method in dict.fromkeys(run["settings"]["method"] for run in runs) if method in paper]:
+        theirs = [["the paper (ViT-B/16, YFCC-15M, 25 epochs)", "memory", "time", *PAPER_COLUMNS]]
+        for method in known:
+            name, cost = models.METHODS[method].__name__.replace("CLIPMAE", "CLIP+MAE"), paper[method].get("cost")
+            theirs.append([f"paper: {name}", *((f"{cost['memory GB']} G", f"{cost['time']:.2f}x") if cost else "--"),
+                           *(str(paper[method].get(task, {}).get(x, "-")) for task, x in PAPER_COLUMNS.values())])
+        parts.append(markdown(theirs))
+    notes = ["± of a row: standard deviation over its runs (n - 1)" + (
+        "; of a difference: its standard error, sqrt(s1^2 / n1 + s2^2 / n2); `*`: more than two of them" * bool(gaps))]
+    notes.append("commits: " + "; ".join(f"{label} {', '.join(dict.fromkeys(run['commit'] for run in group))}"
+                                         for label, group in zip(labels, groups)))
+    for label, group, values in zip(labels, groups, scores):
+        for seed, count in collections.Counter(run["seed"] for run in group).items():
+            notes += [f"{label}: {count} runs have seed {seed}: these are no independent seeds"] * (count > 1)
+        if len(digests := dict.fromkeys(run["pairs"] for run in group)) > 1:
+            notes.append(f"{label}: the runs saw different data: {'; '.join(map(str, digests))}")
+        notes += [f"{label}: {len(x)} of {len(group)} runs have {head}" for head, x in zip(heads, values)
+                  if 0 < len(x) < len(group)]
+    notes += [f"{title} was measured at {' and '.join(places)}" for title, _, places in tests.values()
+              if len(places) > 1]
+    notes += [f"{run['folder']} is not at its end: {run['left']:,.0f} steps are left" for run in runs
+              if run["left"] >= 1]
+    if bare := [f"{run['folder']}/last.pt" for run in runs if not run["scores"]]:
+        notes.append(f"no scores of these weights yet: python evaluate.py --checkpoint {' '.join(bare)} --zeroshot ... "
+                     "--linear ... --retrieval ...")
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def compared_run(folder, tests):
+    """What `compare` needs of a run: settings, seed, cost, {head of a column: score}.
+
+    tests: {what identifies a test: (short name, protocol, places)}, to which this run's are added
+    """
+    run, state = read_run(folder)
+    if not state:
+        raise FileNotFoundError(run["remarks"][0])
+    file, config, step, scores, cost = folder / "log.jsonl", state.get("config", {}), state.get("step", 0), {}, {}
+    lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
+    if len(run["log"]) < len(lines) - 1:  # the last may have been cut off
+        raise ValueError(f"{file} is damaged in line {len(run['log']) + 1}")
+    if log := [record for record in run["log"] if {"pictures_per_s", "memory_gib"} <= record.keys()]:
+        second = 1 / statistics.median(record["pictures_per_s"] for record in log)
+        cost = dict(epochs=run["epoch"], minutes=second * step * config.get("batch_size", 0) / 60, time=second,
+                    memory=max(record["memory_gib"] for record in log))
+    for record in run["scores"].values():
+        title, place = test_title(record, tests), record["protocol"].get("place", record["task"])
+        for name in [name for name in record["scores"] if name.endswith("R@1")] or list(record["scores"])[:1]:
+            head, score = f"{title} {name}", record["scores"][name]
+            scores[head if scores.get(head, score) == score else f"{head} ({place})"] = score
+    left = run["epoch"] and (config.get("epochs", 0) - run["epoch"]) * step / run["epoch"]
+    settings = {name: x for name, x in run["config"].items() if name not in FREE} | dict(method=run["about"]["method"])
+    return dict(folder=folder, settings=settings, seed=config.get("seed"), scores=scores, cost=cost, left=left,
+                pairs=state.get("pairs"),
+                commit=re.sub("(?<=^[0-9a-f]{7})[0-9a-f]+", "", run["about"].get("commit") or "unknown"))
+
+
+def test_title(record, tests):
+    """A short name for the test of a record: one for one protocol, wherever the pictures lay."""
+    kind, _, name = record["task"].partition(" ")
+    protocol = {k: x for k, x in record["protocol"].items() if k not in ("set", "place", "penalty")}  # penalty: fitted
+    parts = [part for part in Path(name).parts if part not in ("classes", "test", "val")] or [name]  # as in train.py
+    short = f"{kind} {parts[-1]}"
+    key = short, json.dumps(protocol, sort_keys=True)
+    if key not in tests:
+        other = unlike(protocol, next((x for (known, _), (_, x, _) in tests.items() if known == short), protocol))
+        tests[key] = short + f" ({', '.join(other)})" * bool(other), protocol, {}
+    tests[key][2][str(record["protocol"].get("place", name))] = True
+    return tests[key][0]
+
+
+def row_labels(groups):
+    """Settings of each row, {name: value} -> labels, and the number of CLIP's row (of several: most like the others).
+
+    A label is the method, where methods differ, and the settings that are not the most common ones (on a tie: the
+    first row's); "?" is a setting that the checkpoint does not know.
+    """
+    names = dict.fromkeys(name for settings in groups for name in settings if name != "method")
+    usual = {name: statistics.mode(settings.get(name, "?") for settings in groups) for name in names}
+    other = [[f"--{name.replace('_', '-')} {settings.get(name, '?') or repr('')}" for name in names
+              if settings.get(name, "?") != usual[name]] for settings in groups]
+    methods = [settings["method"] for settings in groups]
+    labels = [" ".join([method] * (len(set(methods)) > 1 or not flags) + [f"`{' '.join(flags)}`"] * bool(flags))
+              for method, flags in zip(methods, other)]
+    return labels, min((i for i, method in enumerate(methods) if method == "clip"), key=lambda i: len(other[i]),
+                       default=None)
+
+
+def score_cell(values):
+    """Shares -> mean and standard deviation, per cent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}" if values else "-"
+
+
+def gap_cell(values, others):
+    """Shares of two rows -> difference of the means and its standard error, points; "" where either has but one."""
+    if min(len(values), len(others)) < 2:
+        return ""
+    gap = statistics.mean(values) - statistics.mean(others)
+    error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (values, others)))
+    return f"{100 * gap:+.1f} ± {100 * error:.1f}" + "*" * (abs(gap) > 2 * error)
+
+
+def markdown(rows):
+    """Rows of text, the first of heads -> a table that reads well as it is, too."""
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])], *rows[1:]]
+    return "\n".join("| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+                     for row in rows)
 
 
 # ---------------------------------------------------------------- the command line
@@ -1461,14 +1625,18 @@ def main():
                         "of a set for --retrieval")
     parser.add_argument("--codewords", nargs="+", metavar="IMAGE", help="draw each patch's most likely codeword")
     parser.add_argument("--report", nargs="+", metavar="RUN", help="write an HTML page on a run, or comparing several")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print the paper's table of runs: those "
+                        "that differ in seed alone share a row")
     parser.add_argument("--output", help="where one of --heatmap, --masks, --neighbours, --codewords, --report writes "
                         "(default: its name with .png; RUN/report.html, of several runs ./report.html)")
     args = parser.parse_args()
-    flags = ("zeroshot", "retrieval", "dense", "linear", *SHEETS, "report")
+    flags = ("zeroshot", "retrieval", "dense", "linear", *SHEETS, "report", "compare")
     asked = [flag for flag in flags if getattr(args, flag)]
     drawn = [flag for flag in asked if flag in (*SHEETS, "report")]
     if not asked:
         parser.error(f"nothing to do: give one of --{', --'.join(flags)}")
+    if args.compare and (len(asked) > 1 or args.checkpoint or args.output):
+        parser.error("--compare takes folders of runs and prints a table: give no other task, --checkpoint or --output")
     if args.output and len(drawn) > 1:
         parser.error("--output names one file: give one of " + ", ".join(f"--{flag}" for flag in drawn))
     for name, ready, what in (("templates", args.zeroshot, "--zeroshot"), ("synonyms", args.zeroshot, "--zeroshot"),
@@ -1495,6 +1663,8 @@ def main():
             dist.init_process_group("gloo", timeout=timedelta(days=2))
         if args.zeroshot or args.retrieval or args.dense or args.linear:
             run(args)
+        if args.compare and ranks()[0] == 0:
+            print(compare(args.compare))
         for flag in drawn if ranks()[0] == 0 else ():
             if flag == "report":
                 one = Path(args.report[0], "report.html") if len(args.report) == 1 else Path("report.html")

@@ -45,7 +45,9 @@ import train
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEER = importlib.util.find_spec("open_clip") is not None
-PAPER = dict(slip=(2.67, 30 / 14), clip_mae=(1.30, 16 / 14), maskclip=(1.75, 19 / 14))   # time, memory over CLIP's
+COSTS = {method: scores["cost"] for method, scores in data.prompts()["paper"].items() if "cost" in scores}
+PAPER = {method: (cost["time"], cost["memory GB"] / COSTS["clip"]["memory GB"])  # time, memory over CLIP's
+         for method, cost in COSTS.items() if method != "clip"}
 
 
 def captions(n, seed=0):

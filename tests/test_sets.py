@@ -82,7 +82,9 @@ def test_the_paper_s_numbers():
         47.4, 48.0, 46.5, 47.8, 48.5, 50.5]
     assert list(paper["maskclip"]["retrieval coco"].values()) == [41.4, 67.9, 77.5, 25.5, 49.7, 61.3]
     assert set(paper) <= {*models.METHODS, "deit"}
-    for task in {task for scores in paper.values() for task in scores}:
+    assert {m: list(scores["cost"].values()) for m, scores in paper.items() if "cost" in scores} == dict(
+        clip=[14, 1.0], slip=[30, 2.67], clip_mae=[16, 1.3], maskclip=[19, 1.75])
+    for task in {task for scores in paper.values() for task in scores} - {"cost"}:
         assert task.split()[1] in {*known, "icinw", "flickr30k", "coco", "ade20k"}
 
 
