@@ -1,4 +1,4 @@
-"""Drawing, from numbers and PIL pictures alone: contact sheets, the colour scale, curves, the report of runs.
+"""Drawing, from numbers and PIL pictures alone: sheets, colour scale, curves, the report of runs and their table.
 
 evaluate.py computes, this draws: no model, no tensor, nothing of ours but the writing of files.  Colours are told apart
 by colour-blind eyes (Okabe and Ito 2008; matplotlib's viridis), and what a colour says, a shape or a word says too.
@@ -6,8 +6,11 @@ Sheets are joined from pictures beside and below one another; curves and report 
 font, no address outside the file.
 """
 import base64
+import collections
 import io
 import json
+import math
+import statistics
 from bisect import bisect_right
 from html import escape
 from pathlib import Path
@@ -557,3 +560,100 @@ def embedded(image, words):
     image.quantize(256, Image.Quantize.FASTOCTREE).save(content, "PNG", optimize=True)
     return (f'<img alt="{escape(words)}" width="{image.width}" height="{image.height}" '
             f'src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">')
+
+
+# ---------------------------------------------------------------- runs compared
+
+PAPER_COLUMNS = {"IN-1K zero-shot": ("zeroshot imagenet", "accuracy"), "linear": ("linear imagenet", "accuracy"),
+                 "Flickr30K I2T R@1": ("retrieval flickr30k", "i2t R@1"), "T2I R@1": ("retrieval flickr30k", "t2i R@1")}
+
+
+def comparison(runs, paper, notes=()):
+    """The paper's table 1 for runs of train.py, as Markdown: cost and scores, a row for runs that differ in seed alone.
+
+    runs: what evaluate.compared_run gives; paper: {method: {task: {score: per cent}}}; notes: further ones.  Scores:
+    per cent, mean and standard deviation over the row's runs.  Below: what each row has more than CLIP's, with the
+    standard error; the paper's numbers; notes.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(run["settings"].items())), []).append(run)
+    (labels, clip), groups = row_labels([dict(settings) for settings in groups]), list(groups.values())
+    heads = list(dict.fromkeys(head for group in groups for run in group for head in run["scores"]))
+    scores = [[[run["scores"][head] for run in group if head in run["scores"]] for head in heads] for group in groups]
+    costs = [{name: statistics.mean(run["cost"][name] for run in group) for name in group[0]["cost"]}
+             if all(run["cost"] for run in group) else {} for group in groups]
+    rows, gaps = [["", "seeds", "epochs", "minutes", "memory", "time", *heads]], []
+    for i, (label, group, cost) in enumerate(zip(labels, groups, costs)):
+        base = cost and clip is not None and costs[clip]
+        rows.append([label, str(len(group)), *((f"{cost['epochs']:.3g}", f"{cost['minutes']:.1f}") if cost else "--"),
+                     *(f"{cost[name] / base[name]:.2f}x" if base else "-" for name in ("memory", "time")),
+                     *map(score_cell, scores[i])])
+        if clip not in (None, i) and any(cells := [gap_cell(*pair) for pair in zip(scores[i], scores[clip])]):
+            gaps.append([f"{label} less {labels[clip]}", *[""] * 5, *(cell or "-" for cell in cells)])
+    parts, further = [markdown(rows + gaps)], notes
+    if known := [method for method in dict.fromkeys(run["settings"]["method"] for run in runs) if method in paper]:
+        theirs = [["the paper (ViT-B/16, YFCC-15M, 25 epochs)", "memory", "time", *PAPER_COLUMNS]]
+        for method in known:
+            cost = paper[method].get("cost")
+            theirs.append([f"paper: {method}", *((f"{cost['memory GB']} G", f"{cost['time']:.2f}x") if cost else "--"),
+                           *(str(paper[method].get(task, {}).get(x, "-")) for task, x in PAPER_COLUMNS.values())])
+        parts.append(markdown(theirs))
+    notes = ["± of a row: standard deviation over its runs (n - 1)" + (
+        "; of a difference: its standard error, sqrt(s1^2 / n1 + s2^2 / n2); `*`: more than two of them" * bool(gaps))]
+    notes.append("commits: " + "; ".join(f"{label} {', '.join(dict.fromkeys(run['commit'] for run in group))}"
+                                         for label, group in zip(labels, groups)))
+    for label, group, values in zip(labels, groups, scores):
+        for seed, count in collections.Counter(run["seed"] for run in group).items():
+            notes += [f"{label}: {count} runs have seed {seed}: these are no independent seeds"] * (count > 1)
+        if len(digests := dict.fromkeys(run["pairs"] for run in group)) > 1:
+            notes.append(f"{label}: the runs saw different data: {'; '.join(map(str, digests))}")
+        notes += [f"{label}: {len(x)} of {len(group)} runs have {head}" for head, x in zip(heads, values)
+                  if 0 < len(x) < len(group)]
+    notes += further
+    notes += [f"{run['folder']} is not at its end: {run['left']:,.0f} steps are left" for run in runs
+              if run["left"] >= 1]
+    if bare := [f"{run['folder']}/last.pt" for run in runs if not run["scores"]]:
+        notes.append(f"no scores of these weights yet: python evaluate.py --checkpoint {' '.join(bare)} --zeroshot ... "
+                     "--linear ... --retrieval ...")
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def row_labels(groups):
+    """Settings of each row, {name: value} -> labels, and the number of CLIP's row (of several: most like the others).
+
+    A label is the method, where methods differ, and the settings that are not the most common ones (on a tie: the
+    first row's); "?" is a setting that the checkpoint does not know.
+    """
+    names = dict.fromkeys(name for settings in groups for name in settings if name != "method")
+    usual = {name: statistics.mode(settings.get(name, "?") for settings in groups) for name in names}
+    other = [[f"--{name.replace('_', '-')} {settings.get(name, '?') or repr('')}" for name in names
+              if settings.get(name, "?") != usual[name]] for settings in groups]
+    methods = [settings["method"] for settings in groups]
+    labels = [" ".join([method] * (len(set(methods)) > 1 or not flags) + [f"`{' '.join(flags)}`"] * bool(flags))
+              for method, flags in zip(methods, other)]
+    return labels, min((i for i, method in enumerate(methods) if method == "clip"), key=lambda i: len(other[i]),
+                       default=None)
+
+
+def score_cell(values):
+    """Shares -> mean and standard deviation, per cent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}" if values else "-"
+
+
+def gap_cell(values, others):
+    """Shares of two rows -> difference of the means and its standard error, points; "" where either has but one."""
+    if min(len(values), len(others)) < 2:
+        return ""
+    gap = statistics.mean(values) - statistics.mean(others)
+    error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (values, others)))
+    return f"{100 * gap:+.1f} ± {100 * error:.1f}" + "*" * (abs(gap) > 2 * error)
+
+
+def markdown(rows):
+    """Rows of text, the first of heads -> a table that reads well as it is, too."""
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])], *rows[1:]]
+    return "\n".join("| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+                     for row in rows)

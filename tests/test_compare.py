@@ -11,6 +11,7 @@ from test_train import answer
 
 import evaluate
 import train
+from downstream import pictures
 
 
 def save_run(folder, scores=(), method="clip", log=((100, 1.0), (200, 3.0), (400, 2.0)), epoch=2.0, **changes):
@@ -80,10 +81,10 @@ def test_rows_are_means_over_seeds_and_differences_have_their_standard_error(tmp
         assert abs(gap) > error and (abs(gap) > 2 * error) == bool(star) and row["seeds"] == row["time"] == ""
         assert row["retrieval set i2t R@1"] == "-"
     assert [list(row.values()) for row in paper] == [
-        ["paper: CLIP", "14 G", "1.00x", "37.6", "66.5", "52.9", "32.8"],
-        ["paper: MaskCLIP", "19 G", "1.75x", "44.5", "73.7", "70.1", "45.6"],
-        ["paper: SLIP", "30 G", "2.67x", "42.8", "72.1", "58.6", "41.3"],
-        ["paper: CLIP+MAE", "16 G", "1.30x", "42.1", "68.5", "57.3", "41.1"]]
+        ["paper: clip", "14 G", "1.00x", "37.6", "66.5", "52.9", "32.8"],
+        ["paper: maskclip", "19 G", "1.75x", "44.5", "73.7", "70.1", "45.6"],
+        ["paper: slip", "30 G", "2.67x", "42.8", "72.1", "58.6", "41.3"],
+        ["paper: clip_mae", "16 G", "1.30x", "42.1", "68.5", "57.3", "41.1"]]
     assert "standard error" in notes[0] and "`*`" in notes[0] and len(notes) == 2
     assert notes[1] == "commits: clip aaaaaaa; maskclip aaaaaaa; slip aaaaaaa; clip_mae aaaaaaa"
 
@@ -97,7 +98,7 @@ def test_one_run_alone(tmp_path):
 def test_labels_are_what_differs_from_most(tmp_path):
     def labels(*runs):
         settings = [dict(method=method) | {name: str(x) for name, x in rest.items()} for method, rest in runs]
-        return evaluate.row_labels(settings)
+        return pictures.row_labels(settings)
     both = dict(mask="block", lr=0.1)
     assert labels(("clip", both), ("maskclip", both | dict(mask="random")), ("slip", both | dict(lr=0.3))) == (
         ["clip", "maskclip `--mask random`", "slip `--lr 0.3`"], 0)
