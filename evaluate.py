@@ -1166,15 +1166,16 @@ def read_run(folder):
             counts = [f"{n:,} {what.replace('_', ' ')}" for what, n in record["protocol"].items()
                       if what in ("pictures", "classes", "texts", "training_pictures")]
             twin = run["scores"].get(record["task"], record)["protocol"]  # the same by another protocol
-            other = unlike({name: x for name, x in record["protocol"].items() if name != "place"}, twin)
+            other = unlike(record["protocol"], twin)
             task = record["task"] + f" ({', '.join(other)})" * bool(other)
             run["scores"][task] = record | dict(over=", ".join(counts))
     return run, state
 
 
 def unlike(protocol, twin):
-    """What a protocol has that another has not, in words."""
-    return [f"{name} {x}" for name, x in protocol.items() if twin.get(name) != x]
+    """What a protocol has that another has not, in words; the place is none of it."""
+    return [f"{name} {x}" for name, x in protocol.items() if twin.get(name) != x and name != "place"] + [
+        f"no {name}" for name in twin if name not in protocol and name != "place"]
 
 
 def run_sheets(path, config, names, root, count=3, side=160):
@@ -1238,7 +1239,9 @@ def compared_run(folder, tests):
     lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
     if len(run["log"]) < len(lines) - 1:  # the last may have been cut off
         raise ValueError(f"{file} is damaged in line {len(run['log']) + 1}")
-    if log := [record for record in run["log"] if {"pictures_per_s", "memory_gib"} <= record.keys()]:
+    if "method" not in config:
+        raise ValueError(f"{folder} is no run of train.py: --compare reads those alone")
+    if log := [record for record in run["log"] if record.get("pictures_per_s") and record.get("memory_gib")]:
         second = 1 / statistics.median(record["pictures_per_s"] for record in log)
         cost = dict(epochs=run["epoch"], minutes=second * step * config.get("batch_size", 0) / 60, time=second,
                     memory=max(record["memory_gib"] for record in log))
@@ -1257,12 +1260,13 @@ def compared_run(folder, tests):
 def test_title(record, tests):
     """A short name for the test of a record: one for one protocol, wherever the pictures lay."""
     kind, _, name = record["task"].partition(" ")
-    protocol = {k: x for k, x in record["protocol"].items() if k not in ("set", "place", "penalty")}  # penalty: fitted
+    protocol = {k: x for k, x in record["protocol"].items() if k not in ("set", "sets", "place", "penalty")}  # fitted
     parts = [part for part in Path(name).parts if part not in ("classes", "test", "val")] or [name]  # as in train.py
     short = f"{kind} {parts[-1]}"
     key = short, json.dumps(protocol, sort_keys=True)
     if key not in tests:
-        other = unlike(protocol, next((x for (known, _), (_, x, _) in tests.items() if known == short), protocol))
+        twin = next((x for (known, _), (_, x, _) in tests.items() if known == short), protocol)
+        other = unlike(protocol, twin)
         tests[key] = short + f" ({', '.join(other)})" * bool(other), protocol, {}
     tests[key][2][str(record["protocol"].get("place", name))] = True
     return tests[key][0]

@@ -137,11 +137,11 @@ def update_center(center, teacher_logits, momentum=0.9):
 def codeword_use(teacher_logits, center, teacher_temp=0.04):
     """How the teacher uses its codewords: where all patches fall on a few of them, the targets have collapsed.
 
-    teacher_logits (R, K), center (K,) -> (2, K): sums over R of its distributions, and of their most likely codewords
+    teacher_logits (R, K), center (K,) -> (2, K): the sum over R of its distributions, and 1 where a codeword is the
+    most likely one of a row, else 0
     """
-    logits = teacher_logits.float() - center
-    return torch.stack([(logits / teacher_temp).softmax(-1).sum(0),
-                        logits.argmax(-1).bincount(minlength=len(center)).float()])
+    p = ((teacher_logits.float() - center) / teacher_temp).softmax(-1)
+    return torch.stack([p.sum(0), torch.zeros_like(center).scatter_(0, p.argmax(-1), 1.0)])  # bincount waits for a GPU
 
 
 def mlm_loss(logits, targets, total=None):

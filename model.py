@@ -75,9 +75,9 @@ class QuickGELU(nn.Module):
 
 def attention(q, k, v, mask=None, causal=False):
     """q (B, heads, R, D), k and v (B, heads, L, D), mask of the keys, bool, (B, 1, 1, L) -> (B, heads, R, D)."""
-    if q.is_cuda or q.dtype != torch.bfloat16:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # On the CPU PyTorch's kernel takes several times as long as its definition in bfloat16 (bench.py parts).
+    # On the CPU PyTorch's kernel takes several times as long as this in bfloat16 (bench.py parts).
     scores = q * q.size(-1) ** -0.5 @ k.mT                                          # (B, heads, R, L)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()

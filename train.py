@@ -218,7 +218,7 @@ def masked_terms(out, batch, teacher_logits, center, patch_size, totals):
                                            total=totals.get("hidden"))
     if "student_logits" in out:
         terms["distill"] = losses.distillation_loss(out["student_logits"].flatten(0, 1), teacher_logits, center,
-                                                    total=totals.get("distilled"))
+                                                    total=totals.get("hidden"))
     if "mlm_logits" in out:
         terms["mlm"] = losses.mlm_loss(out["mlm_logits"], batch["mlm_targets"], totals.get("words"))
     return terms
@@ -344,11 +344,11 @@ class Step:
             return getattr(self.model, name)(normalized(part, name))
 
     def totals(self, parts):
-        """Hidden patches and masked words of the global batch: the masked losses are means over all of them."""
+        """Hidden (or distilled) patches and masked words of the global batch: the masked losses are means over them."""
         numbers = {name: sum(part[ids].numel() for part in parts) for name, ids in
                    (("hidden", "ids_hide"), ("words", "mlm_ids")) if ids in parts[0]}
         if self.teacher:
-            numbers["distilled"] = sum(self.model.distilled(part).numel() for part in parts)
+            numbers["hidden"] = sum(self.model.distilled(part).numel() for part in parts)
         return {name: losses.all_sum(torch.full((), float(n), device=self.device)) for name, n in numbers.items()}
 
     def largest_part(self, batch):
@@ -366,7 +366,7 @@ class Step:
             part, = self.sent(split(batch, count)[:1])
             for name in self.model.passes:  # no rank waits for another here
                 if name == "masked":
-                    self.masked(self.model, part, dict(hidden=ones, distilled=ones, words=ones))
+                    self.masked(self.model, part, dict(hidden=ones, words=ones))
                 else:
                     features = self.features(name, part).values()
                     torch.autograd.backward(list(features), [torch.zeros_like(x) for x in features])
@@ -816,9 +816,9 @@ class Pretraining(Run):
         """
         if self.codeword_use is None:
             return {}
-        distribution, count = losses.all_sum(self.codeword_use)
+        distribution, used = losses.all_sum(self.codeword_use)
         entropy = torch.special.entr(distribution / distribution.sum()).sum()
-        return dict(codeword_entropy=entropy.item(), codewords_used=int((count > 0).sum()))
+        return dict(codeword_entropy=entropy.item(), codewords_used=int((used > 0).sum()))
 
     def facts(self):
         """What a checkpoint holds of this kind of run alone."""
@@ -921,7 +921,7 @@ def open_run(config, place):
     init = evaluate.read_weights(config.init) if config.init and not saved else None
     tokenizer = make_tokenizer(config, pairs, saved or init)
     if saved:
-        model = models.build(models.ModelConfig(**saved["model_config"]))
+        model = models.build(models.ModelConfig(**saved["model_config"] | dict(distill=config.distill)))  # by --force
     else:
         model = make_model(config, place, len(tokenizer), init)
     model.to(place.device)

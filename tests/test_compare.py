@@ -147,7 +147,7 @@ def test_a_column_is_one_protocol(tmp_path):
     records = [[record("linear OUT", 0.1, penalty=1, features="cls"),
                 record("linear /x/OUT/val", 0.1, penalty=1, features="cls", set="x"),
                 record("linear OUT", 0.2, penalty=2, features="both")],
-               [record("linear OUT", 0.6, penalty=2, features="both"),
+               [record("linear OUT", 0.6, penalty=2, features="both"), record("linear OUT", 0.7, penalty=2),
                 record("linear OUT", 0.5, "/y/OUT/val", penalty=3, features="cls"),
                 record("linear /z/OUT/val", 0.9, "/z/OUT/val", penalty=4, features="cls")]]
     for name, own in zip("ab", records):
@@ -157,6 +157,7 @@ def test_a_column_is_one_protocol(tmp_path):
     (row,), _, notes = read(evaluate.compare([tmp_path / "a", tmp_path / "b"]))
     assert dict(list(row.items())[6:]) == {
         "linear OUT top-1": per_cent([0.1, 0.5]), "linear OUT (features both) top-1": per_cent([0.2, 0.6]),
+        "linear OUT (no features) top-1": "70.0",
         "linear OUT top-1 (/z/OUT/val)": "90.0"}
     assert "linear OUT was measured at /x/OUT/val and /y/OUT/val and /z/OUT/val" in notes
 
@@ -164,12 +165,16 @@ def test_a_column_is_one_protocol(tmp_path):
 @pytest.mark.parametrize("words,why", [
     (["--compare", "empty"], "empty is no run: it has neither last.pt nor log.jsonl"),
     (["--compare", "a", "young"], "young has no last.pt yet"), (["--compare", "torn"], "last.pt is not a checkpoint"),
+    (["--compare", "tuned"], "tuned is no run of train.py"),
     (["--compare", "odd"], "log.jsonl is damaged in line 2"), (["--compare", "lost"], "was not written by evaluate.py"),
     *((["--compare", "a", *other], "--compare takes folders of runs and prints a table") for other in (
         ["--output", "x"], ["--checkpoint", "a/last.pt"], ["--report", "a"], ["--zeroshot", "x"]))])
 def test_one_sentence(words, why, tmp_path, monkeypatch, capsys):
-    for name in ("a", "young", "torn", "odd", "lost"):
+    for name in ("a", "young", "torn", "odd", "lost", "tuned"):
         save_run(tmp_path / name)
+    state = torch.load(tmp_path / "tuned/last.pt")
+    del state["config"]["method"]
+    torch.save(state, tmp_path / "tuned/last.pt")
     (tmp_path / "empty").mkdir()
     (tmp_path / "young/last.pt").unlink()
     (tmp_path / "torn/last.pt").write_bytes(b"torn")
@@ -179,6 +184,12 @@ def test_one_sentence(words, why, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sentence = answer(evaluate.main, words, monkeypatch, capsys)
     assert why in sentence and (len(words) > 3 or sentence.strip().count("\n") == 0)
+
+
+def test_a_log_without_a_speed_gives_no_cost(tmp_path):
+    save_run(tmp_path / "a", log=((0.0, 1.0), (None, 2.0), (100, None)))
+    (row,), _, _ = read(evaluate.compare([tmp_path / "a"]))
+    assert list(row.values())[1:6] == ["1", "-", "-", "-", "-"]
 
 
 def test_the_command_prints_it_and_a_log_may_end_in_the_middle_of_a_line(tmp_path, monkeypatch, capsys):
