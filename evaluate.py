@@ -8,7 +8,7 @@ sets stand in prompts.json.  The newest checkpoint under runs/ is taken unless -
     python evaluate.py --zeroshot FOLDER/WITH/CLASS/FOLDERS --checkpoint runs/demo-maskclip/last.pt ViT-B-16.pt
     python evaluate.py --heatmap picture.png "a red star above a blue circle"
     python evaluate.py --report runs/a runs/b
-    python evaluate.py --compare runs/*
+    python evaluate.py --compare runs/a runs/b
 """
 import argparse
 import dataclasses
@@ -1260,7 +1260,8 @@ def compared_run(folder, tests):
 def test_title(record, tests):
     """A short name for the test of a record: one for one protocol, wherever the pictures lay."""
     kind, _, name = record["task"].partition(" ")
-    protocol = {k: x for k, x in record["protocol"].items() if k not in ("set", "sets", "place", "penalty")}  # fitted
+    unimportant = ("set", "sets", "place", "penalty")  # where it lay; what was fitted
+    protocol = {name: x for name, x in record["protocol"].items() if name not in unimportant}
     parts = [part for part in Path(name).parts if part not in ("classes", "test", "val")] or [name]  # as in train.py
     short = f"{kind} {parts[-1]}"
     key = short, json.dumps(protocol, sort_keys=True)

@@ -568,10 +568,10 @@ PAPER_COLUMNS = {"IN-1K zero-shot": ("zeroshot imagenet", "accuracy"), "linear":
                  "Flickr30K I2T R@1": ("retrieval flickr30k", "i2t R@1"), "T2I R@1": ("retrieval flickr30k", "t2i R@1")}
 
 
-def comparison(runs, paper, notes=()):
+def comparison(runs, paper, further=()):
     """The paper's table 1 for runs of train.py, as Markdown: cost and scores, a row for runs that differ in seed alone.
 
-    runs: what evaluate.compared_run gives; paper: {method: {task: {score: per cent}}}; notes: further ones.  Scores:
+    runs: what evaluate.compared_run gives; paper: {method: {task: {score: per cent}}}; further: notes.  Scores:
     per cent, mean and standard deviation over the row's runs.  Below: what each row has more than CLIP's, with the
     standard error; the paper's numbers; notes.
     """
@@ -591,7 +591,7 @@ def comparison(runs, paper, notes=()):
                      *map(score_cell, scores[i])])
         if clip not in (None, i) and any(cells := [gap_cell(*pair) for pair in zip(scores[i], scores[clip])]):
             gaps.append([f"{label} less {labels[clip]}", *[""] * 5, *(cell or "-" for cell in cells)])
-    parts, further = [markdown(rows + gaps)], notes
+    parts = [markdown(rows + gaps)]
     if known := [method for method in dict.fromkeys(run["settings"]["method"] for run in runs) if method in paper]:
         theirs = [["the paper (ViT-B/16, YFCC-15M, 25 epochs)", "memory", "time", *PAPER_COLUMNS]]
         for method in known:
