@@ -275,38 +275,44 @@ class Step:
     def gradients(self, parts):
         """Of a batch in parts (`split`, `sent`).
 
-        -> loss terms {name: ()}, unweighted; image and text features, if any; of the teacher (parts, 3, K): each part's
-        mean logits and losses.codeword_use
+        -> loss terms {name: ()}, unweighted; image and text features, if any; the teacher's mean logits (parts, K)
         """
-        terms, features, of_teacher = {}, {}, None
+        terms, features, means = {}, {}, None
         totals = self.totals(parts) if len(parts) > 1 else {}
         for name in self.model.passes:
             # DDP averages when the last pass goes back.  What only the others left in .grad it averages too: its hooks
             # note each parameter that had a gradient, though it is not asked (find_unused_parameters).
             module = self.student if name == self.model.passes[-1] else self.model
             if name == "masked":
-                of_parts, of_teacher = zip(*(self.masked(module, part, totals) for part in parts))
+                of_parts, means = zip(*(self.masked(module, part, totals) for part in parts))
                 of_pass = {key: sum(of_part[key] for of_part in of_parts) for key in of_parts[0]}
-                of_teacher = torch.stack(of_teacher) if self.teacher else None
+                means = torch.cat(means) if self.teacher else None
             else:
                 of_pass, out = self.cached(name, parts) if len(parts) > 1 else self.whole(module, name, *parts)
                 features |= {key: out[key].detach() for key in ("image", "text") if key in out}
             terms = {key: term.detach() for key, term in of_pass.items()} | terms  # CLIP's come first in the log
         if len(parts) > 1:
             average_gradients(self.model)
-        return terms, features, of_teacher
+        return terms, features, means
 
     def masked(self, module, part, totals):
-        """The masked pass through one part, forward and back.  -> terms, of the teacher (3, K) or None"""
+        """The masked pass through one part, forward and back.  -> terms, the teacher's mean logits (1, K) or None"""
         part = normalized(part, "images")
         with self.amp:
             logits, out = self.targets(part), module(part, ("masked",))
         terms = masked_terms(out, part, logits, self.center, self.patch_size, totals)
         self.loss(terms).backward()
-        if not self.teacher:
-            return terms, None
-        return terms, torch.cat([logits.mean(0, keepdim=True, dtype=torch.float32),
-                                 losses.codeword_use(logits, self.center)])
+        return terms, logits.mean(0, keepdim=True, dtype=torch.float32) if self.teacher else None
+
+    @torch.no_grad()
+    def codeword_use(self, parts):
+        """losses.codeword_use of a batch in parts, by the teacher as it is now.  -> (2, K)"""
+        use = 0
+        for part in parts:
+            with self.amp:
+                logits = self.targets(normalized(part, "images"))
+            use += losses.codeword_use(logits, self.center)
+        return use
 
     def targets(self, batch):
         """The teacher's logits (B * M, K), None without a teacher."""
@@ -808,15 +814,15 @@ class Pretraining(Run):
     """The paper's: pairs, six methods."""
     pairs: data.Pairs = None
     tokenizer: Tokenizer = None
-    codeword_use: torch.Tensor = None   # (2, K) of this rank's last batch
+    last: list = None  # this rank's last batch, in parts on the device
 
     def watch(self):
         """Whether the teacher's targets collapse: the entropy of its mean distribution over the codewords, in nats (at
         most log K), and the number of codewords that are some patch's most likely one.
         """
-        if self.codeword_use is None:
+        if not self.teacher:
             return {}
-        distribution, used = losses.all_sum(self.codeword_use)
+        distribution, used = losses.all_sum(self.gradients.codeword_use(self.last))
         entropy = torch.special.entr(distribution / distribution.sum()).sum()
         return dict(codeword_entropy=entropy.item(), codewords_used=int((used > 0).sum()))
 
@@ -834,7 +840,8 @@ class Pretraining(Run):
 
         -> loss terms {name: ()}, unweighted; image and text features, if any; gradient's norm (); lr and ema
         """
-        return advance(self, self.gradients, self.gradients.sent(split(batch, self.count)))
+        self.last = self.gradients.sent(split(batch, self.count))
+        return advance(self, self.gradients, self.last)
 
     def evaluate(self):
         """What --eval-every asks for.  -> {name: what evaluate.EVALUATIONS[name] gives}"""
@@ -1012,15 +1019,14 @@ def advance(run, step, parts):
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
-    terms, features, of_teacher = step.gradients(parts)
+    terms, features, means = step.gradients(parts)
     norm = run.update()
     if "text" in model.needs:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP
     if teacher:
         models.ema_update(teacher, model, momentum)
-        losses.update_center(teacher.center, of_teacher[:, 0])
-        run.codeword_use = of_teacher[:, 1:].sum(0)
+        losses.update_center(teacher.center, means)
     return terms, features, norm, dict(lr=lr) | (dict(ema=momentum) if teacher else {})
 
 
@@ -1062,7 +1068,7 @@ def loop(run, log):
             *means, bad = (sums / sums.new_tensor([place.world] * len(values) + [1])).tolist()
             values, bad = dict(zip(values, means)), int(bad)
             check(run, values, bad, saved_step)
-            watched = run.watch()
+        watched = run.watch() if log_now else {}
         pause = time.time()
         results = run.evaluate() if evaluate_now else {}
         clock += time.time() - pause
