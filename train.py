@@ -69,6 +69,7 @@ class TrainConfig(LoopConfig):
                       "demo, cc3m, cc12m, yfcc15m, or paths of shards, tables, class folders; NAME:2 is taken twice")
     method: str = flag("maskclip", ", ".join(models.METHODS))
     model: str = flag("vit_b16", ", ".join(models.PRESETS))
+    depth: int = flag(0, "blocks of the image tower; 0: the model's (12, paper)")
     epochs: int = flag(25, "passes over the data")                                          # paper
     batch_size: int = flag(4096, "GLOBAL batch in pairs, whatever the number of GPUs")      # paper
     lr: float = flag(5e-4, "peak learning rate")                                            # SLIP recipe
@@ -118,7 +119,7 @@ METHOD_RECIPES = dict(
 # Settings of pretraining that may differ when a run goes on, beside those of LoopConfig.
 FREE = ("micro_batch", "compile", "bad_limit")
 # Settings that a run keeps even with --force: they are in the shapes of its weights, or count its steps.
-FIXED = ("method", "model", "vocab_size", "init", "batch_size", "codewords", "text_decoder_depth")
+FIXED = ("method", "model", "vocab_size", "init", "batch_size", "depth", "codewords", "text_decoder_depth")
 
 
 def given(config, about, argv=None):
@@ -149,7 +150,7 @@ def resolve(given):
     return settled(config, names, f"runs/{{}}-{config.method}",
                    dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"),
                         distill=("hidden", "all")),
-                   ((0, math.inf, ("micro_batch", "codewords")), (-1, math.inf, ("text_decoder_depth",)),
+                   ((0, math.inf, ("micro_batch", "depth", "codewords")), (-1, math.inf, ("text_decoder_depth",)),
                     (0, 1, ("mlm_ratio",)), (0.01, 1, ("crop_min",)), (0.01, 0.99, ("mask_ratio",))))
 
 
@@ -899,8 +900,8 @@ def make_model(config, place, vocab_size, init):
     torch.manual_seed(config.seed)
     shape = models.PRESETS[config.model]
     shape = dataclasses.replace(
-        shape, method=config.method, vocab_size=vocab_size, codewords=config.codewords or shape.codewords,
-        distill=config.distill,
+        shape, method=config.method, vocab_size=vocab_size, depth=config.depth or shape.depth,
+        codewords=config.codewords or shape.codewords, distill=config.distill,
         text_decoder_depth=shape.text_decoder_depth if config.text_decoder_depth < 0 else config.text_decoder_depth)
     if not init:
         return models.build(shape)

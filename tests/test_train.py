@@ -487,17 +487,18 @@ def test_a_collapse_of_the_targets_shows_in_the_log(shards, tmp_path):
 
 
 def test_what_is_ablated_reaches_the_model(shards, tmp_path):
-    """K, the depth of the text decoder, and the patches that are distilled; 0 and -1 leave the preset's."""
+    """Depths of image tower and text decoder, K, the patches that are distilled; 0 and -1 leave the preset's."""
     preset = train.make_model(small(shards, tmp_path), None, 600, None).config
-    assert (preset.codewords, preset.text_decoder_depth, preset.distill) == (512, 1, "hidden")
-    config = small(shards, tmp_path, codewords=33, text_decoder_depth=0, distill="all", steps=2, micro_batch=4)
+    assert (preset.depth, preset.codewords, preset.text_decoder_depth, preset.distill) == (3, 512, 1, "hidden")
+    config = small(shards, tmp_path, depth=2, codewords=33, text_decoder_depth=0, distill="all", steps=2, micro_batch=4)
     train.run(config)
     model, _ = evaluate.load_model(tmp_path / "last.pt")
     assert model.codewords.weight.shape == (33, 128) and not model.text_decoder.blocks
-    assert model.config.distill == "all" and all(line["codewords_used"] <= 33 for line in lines(tmp_path))
+    assert len(model.visual.blocks) == 2 and model.config.distill == "all"
+    assert all(line["codewords_used"] <= 33 for line in lines(tmp_path))
     with pytest.raises(ValueError, match="--codewords 33 there, 34 now"):
-        train.run(small(shards, tmp_path, codewords=34, text_decoder_depth=0, distill="all", force=True))
-    config = small(shards, tmp_path, codewords=33, text_decoder_depth=0, force=True)  # back to the hidden ones
+        train.run(small(shards, tmp_path, depth=2, codewords=34, text_decoder_depth=0, distill="all", force=True))
+    config = small(shards, tmp_path, depth=2, codewords=33, text_decoder_depth=0, force=True)  # to the hidden ones
     assert train.open_run(config, train.join(1)).model.config.distill == "hidden"
 
 
