@@ -911,6 +911,8 @@ def make_model(config, place, vocab_size, init):
     taken = {name: x for name, x in init["model"].items() if name in own}
     wrong = [f"{name} {list(x.shape)}, here {list(own[name].shape)}" for name, x in taken.items()
              if x.shape != own[name].shape]
+    if init["config"].depth != model.config.depth:
+        wrong.append(f"an image tower of {init['config'].depth} blocks, here {model.config.depth}")
     if wrong:
         raise ValueError(f"--init {config.init} does not fit --model {config.model}: {'; '.join(wrong[:3])}")
     model.load_state_dict(own | taken)

@@ -467,7 +467,7 @@ def test_a_line_of_the_log(shards, tmp_path):
 
 
 def test_a_collapse_of_the_targets_shows_in_the_log(shards, tmp_path):
-    """A teacher to which all patches look alike, and one of which each codeword is some patch's."""
+    """A teacher to which all patches look alike, and one to which they do not."""
     assert train.open_run(small(shards, tmp_path, method="clip"), train.join(1)).watch() == {}
     run = train.open_run(small(shards, tmp_path, codewords=64, micro_batch=4), train.join(1))
     batch = next(run.batches(3))
@@ -498,6 +498,8 @@ def test_what_is_ablated_reaches_the_model(shards, tmp_path):
     assert all(line["codewords_used"] <= 33 for line in lines(tmp_path))
     with pytest.raises(ValueError, match="--codewords 33 there, 34 now"):
         train.run(small(shards, tmp_path, depth=2, codewords=34, text_decoder_depth=0, distill="all", force=True))
+    with pytest.raises(ValueError, match="--depth 2 there, 3 now"):
+        train.run(small(shards, tmp_path, depth=3, codewords=33, text_decoder_depth=0, distill="all", force=True))
     config = small(shards, tmp_path, depth=2, codewords=33, text_decoder_depth=0, force=True)  # to the hidden ones
     assert train.open_run(config, train.join(1)).model.config.distill == "hidden"
 
@@ -554,6 +556,9 @@ def test_init_that_does_not_fit_is_told(shards, tmp_path):
     train.run(small(shards, tmp_path / "clip", method="clip", steps=1))
     with pytest.raises(ValueError, match="--init .*last.pt does not fit --model vit_b32: logit_scale|visual.*, here"):
         train.run(small(shards, tmp_path / "run", model="vit_b32", init=str(tmp_path / "clip/last.pt"), vocab_size=600))
+    for depth in (2, 5):
+        with pytest.raises(ValueError, match=f"does not fit --model tiny: an image tower of 3 blocks, here {depth}"):
+            train.run(small(shards, tmp_path / "run", depth=depth, init=str(tmp_path / "clip/last.pt")))
     torch.save(dict(weight=torch.zeros(2)), tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt holds no weights that are known here.*first keys are weight"):
         train.run(small(shards, tmp_path / "run", init=str(tmp_path / "other.pt")))
