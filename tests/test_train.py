@@ -495,7 +495,6 @@ def test_what_is_ablated_reaches_the_model(shards, tmp_path):
     model, _ = evaluate.load_model(tmp_path / "last.pt")
     assert model.codewords.weight.shape == (33, 128) and not model.text_decoder.blocks
     assert len(model.visual.blocks) == 2 and model.config.distill == "all"
-    assert all(line["codewords_used"] <= 33 for line in lines(tmp_path))
     with pytest.raises(ValueError, match="--codewords 33 there, 34 now"):
         train.run(small(shards, tmp_path, depth=2, codewords=34, text_decoder_depth=0, distill="all", force=True))
     with pytest.raises(ValueError, match="--depth 2 there, 3 now"):
