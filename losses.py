@@ -1,153 +1,178 @@
-"""Every equation of the paper's method and of its baselines, one function each.
+"""Every equation of the paper (section 3) and of its baselines as one function.
 
-Each loss takes this rank's rows and is a mean such that, after DDP has averaged the gradients over the ranks, they
-equal those of one process that holds the global batch.  All is computed in float32.  Symbols: B pairs of a rank,
-W ranks, K codewords, R rows; e_I, e_T unit feature vectors; sigma the learned temperature, scale = 1 / sigma.
+Ideas: CLIP, SimCLR and SLIP, MAE, BERT, iBOT and DINO.  Symbols: B pairs of this rank, W ranks (the
+world size), R rows of this rank (hidden patches or masked words), K codewords, E joint embedding,
+e_I and e_T features of length 1, sigma the learned temperature, scale = 1 / sigma.
+
+Each loss takes this rank's rows and is a mean in float32 such that gradients, once DDP has averaged
+them over the ranks, equal those of one process with the global batch.  `denominator`, a scalar: the
+number of rows in the GLOBAL batch, for a call with some of this rank's rows; such losses add up.
 """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def _world():
+def world_size():
+    """Number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-class _Gather(torch.autograd.Function):
-    """(B, E) of each rank -> (W * B, E), in rank order.  A row's gradient is the sum over all ranks."""
-
+class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(_world())]
+        rows = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(rows, x.contiguous())
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):
+        # Every rank compares with this rank's rows, so every rank has a part of their gradient;
+        # dist.all_gather alone has none.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.chunk(_world())[dist.get_rank()]
+        return gradient.chunk(world_size())[dist.get_rank()]
 
 
 def gather(x):
-    """(B, E) on each rank, the same B everywhere -> (W * B, E) on each rank, with gradient."""
-    return _Gather.apply(x) if _world() > 1 else x
+    """(B, E) on each rank, B equal on all -> (W * B, E) in rank order, with gradient."""
+    return AllGather.apply(x) if world_size() > 1 else x
 
 
-def _own_rows(x):
-    """The row numbers that this rank's B rows have in the gathered batch."""
-    rank = dist.get_rank() if _world() > 1 else 0
+def global_rows(x):
+    """x (B, E) -> (B,) long: the row numbers of this rank's rows in gather(x)."""
+    # The partner of row i is row i of the same rank, which gather puts behind those of lower ranks.
+    rank = dist.get_rank() if world_size() > 1 else 0
     return torch.arange(len(x), device=x.device) + rank * len(x)
 
 
 def all_sum(x):
     """The sum of a small tensor over all ranks, without gradient."""
     x = x.detach().clone()
-    if _world() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def _global_mean(values, weight, total=None):
-    """The weighted mean over all ranks' values, up to a factor W that DDP's averaging takes away again.
-
-    values, weight of one shape.  total (): the sum of all weights, where these values are a part of a rank's; what the
-    parts give then adds up to that mean.  Where nothing has any weight the mean is 0.
-    """
-    total = all_sum(weight.sum()) if total is None else total
-    return (values * weight).sum() * _world() / total.clamp(min=1e-9)
+def global_mean(values, weight, denominator=None):
+    """L = W * sum of weight * values over this rank / sum of weight over ALL ranks"""
+    # Ranks have different numbers of rows, so a mean of their means is not the global mean.  Each
+    # rank divides by the GLOBAL sum of weights instead.  DDP averages the gradients over the ranks,
+    # which divides them by W; the factor W cancels that.
+    if denominator is None:
+        denominator = all_sum(weight.sum())
+    # A batch without any weight, such as one without a masked word, has loss 0, not NaN.
+    return (values * weight).sum() * world_size() / denominator.clamp(min=1e-9)
 
 
 def contrastive_loss(image_features, text_features, scale):
-    """L_I = -1/B sum_i log softmax_j(e_I(i) . e_T(j) / sigma)[i],  L_T the same with the two swapped  (paper, eq. 1-2)
+    """L_I = -1/B sum_i log softmax_j(e_I(i) . e_T(j) / sigma)[i],  L_T: I and T swapped  (paper)
 
-    image_features, text_features (B, E) of any length; scale () = 1 / sigma -> (L_I, L_T)
+    image_features, text_features (B, E), not normalised, scale () -> (L_I, L_T); j over ALL ranks
     """
-    e_i, e_t = F.normalize(image_features.float(), dim=1), F.normalize(text_features.float(), dim=1)
-    target = _own_rows(e_i)
-    return (F.cross_entropy(scale * e_i @ gather(e_t).T, target),   # (B, W * B): never (W * B, W * B)
-            F.cross_entropy(scale * e_t @ gather(e_i).T, target))
+    # float32, because a logit of up to 100 (CLIP's largest scale) has steps of 0.5 in bfloat16.
+    e_i = F.normalize(image_features.float(), dim=1)
+    e_t = F.normalize(text_features.float(), dim=1)
+    target = global_rows(e_i)
+    # Logits are (B, W * B), never (W * B, W * B): each rank has the rows of its own pairs.  As B is
+    # equal on all ranks, DDP's mean over ranks of means over B is the global mean, without a W.
+    loss_i = F.cross_entropy(scale * e_i @ gather(e_t).T, target)
+    loss_t = F.cross_entropy(scale * e_t @ gather(e_i).T, target)
+    return loss_i, loss_t
 
 
 @torch.no_grad()
-def contrastive_accuracy(image, text):
-    """Share of this rank's pictures to which, of all ranks' texts, their own is nearest.  (B, E), (B, E) -> ()"""
-    e_i, e_t = F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
-    return ((e_i @ gather(e_t).T).argmax(1) == _own_rows(e_i)).float().mean()
+def contrastive_accuracy(image_features, text_features):
+    """Share of this rank's B images whose nearest text, of those of ALL ranks, is their own: ()"""
+    e_i = F.normalize(image_features.float(), dim=1)
+    e_t = F.normalize(text_features.float(), dim=1)
+    nearest = (e_i @ gather(e_t).T).argmax(1)                               # (B,)
+    return (nearest == global_rows(e_i)).float().mean()
 
 
 def simclr_loss(z1, z2, temperature=0.1):
-    """L = mean over the 2B views of -log softmax over all OTHER views of (z . z' / t), at its partner  (SimCLR, SLIP)
+    """L = mean over all views z of -log softmax_{z' != z}(z . z' / temperature)[partner of z]
 
-    z1, z2 (B, D) of any length -> ()
+    (SimCLR; temperature: SLIP)  z1, z2 (B, D), not normalised, two views of each image -> ()
     """
-    z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    all1, all2 = gather(z1), gather(z2)
-    own = _own_rows(z1)
-    itself = own[:, None] == torch.arange(len(all1), device=own.device)                            # (B, W * B)
+    z1 = F.normalize(z1.float(), dim=1)
+    z2 = F.normalize(z2.float(), dim=1)
+    all1, all2 = gather(z1), gather(z2)                                     # (W * B, D)
+    rows = global_rows(z1)
+    itself = rows[:, None] == torch.arange(len(all1), device=rows.device)   # (B, W * B)
 
-    def half(a, same, other):
-        logits = torch.cat([a @ other.T, (a @ same.T).masked_fill(itself, float("-inf"))], 1)   # (B, 2 * W * B)
-        return F.cross_entropy(logits / temperature, own)
-    return (half(z1, all1, all2) + half(z2, all2, all1)) / 2
+    def one_side(z, all_same, all_other):
+        # The other view comes first, so the partner of row i is in column rows[i].
+        other = z @ all_other.T                                             # (B, W * B)
+        same = (z @ all_same.T).masked_fill(itself, float("-inf"))          # (B, W * B)
+        logits = torch.cat([other, same], 1)                                # (B, 2 * W * B)
+        return F.cross_entropy(logits / temperature, rows)
+
+    return (one_side(z1, all1, all2) + one_side(z2, all2, all1)) / 2
 
 
 def patchify(images, patch_size):
-    """(B, 3, H, W) -> (B, N, p*p*3), a patch laid out as (row, column, channel)."""
-    x = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))   # (B, 3, rows, p, columns, p)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    """(B, 3, height, width) -> (B, N, p*p*3), a patch laid out as (row, column, channel)."""
+    x = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, 3, Y, p, X, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)             # (B, Y * X, p*p*3)
 
 
-def pixel_loss(prediction, images, mask, patch_size, normalize=True, total=None):
-    """L = mean over hidden patches of the mean squared error of their pixels  (MAE)
+def pixel_loss(prediction, images, mask, patch_size, normalize=True, denominator=None):
+    """L = mean over hidden patches of the mean of (predicted pixel - pixel)^2  (MAE)
 
-    prediction (B, N, p*p*3), images (B, 3, H, W), mask (B, N) bool, True = hidden -> ()
-    normalize: each target patch to mean 0 and variance 1 first (MAE's norm_pix_loss).  total (), here and below:
-    the number of hidden patches, or rows, of the whole global batch, where this call holds a part of a rank's.
+    prediction (B, N, p*p*3), images (B, 3, height, width), mask (B, N) bool, True = hidden -> ()
     """
-    target = patchify(images.float(), patch_size)
-    if normalize:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()  # MAE's 1e-6
-    error = (prediction.float() - target).square().mean(-1)     # (B, N)
-    return _global_mean(error, mask.to(error.dtype), total)
+    target = patchify(images.float(), patch_size)                           # (B, N, p*p*3)
+    if normalize:  # MAE's norm_pix_loss, and its 1e-6: a patch's brightness does not count
+        deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()            # (B, N, 1)
+        target = (target - target.mean(-1, keepdim=True)) / deviation
+    error = (prediction.float() - target).square().mean(-1)                 # (B, N)
+    return global_mean(error, mask.to(error.dtype), denominator)
 
 
-def distillation_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_temp=0.04, total=None):
-    """L_Dist = -1/|M| sum_{k in M} softmax(h-bar(f-bar_k))^T log softmax(h(g_k))  (paper, eq. 3; temperatures: iBOT)
+def distillation_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_temp=0.04,
+                      denominator=None):
+    """L_Dist = -1/|M| sum_{k in M} softmax(h-bar(f-bar_k))^T log softmax(h(g_k))  (paper)
 
-    student_logits, teacher_logits (R, K) of the hidden patches, center (K,) -> (); no gradient reaches the teacher
+    student_logits, teacher_logits (R, K): row r of both is the same hidden patch; center (K,) -> ()
     """
+    # Temperatures and center: iBOT.  Without a center all patches may fall on one codeword.
+    # detach, because the teacher follows the student by EMA alone (model.ema_update).
     target = ((teacher_logits.detach().float() - center) / teacher_temp).softmax(-1)
-    rows = -(target * (student_logits.float() / student_temp).log_softmax(-1)).sum(-1)   # (R,)
-    return _global_mean(rows, torch.ones_like(rows), total)
+    log_student = (student_logits.float() / student_temp).log_softmax(-1)   # (R, K)
+    cross_entropy = -(target * log_student).sum(-1)                         # (R,)
+    return global_mean(cross_entropy, torch.ones_like(cross_entropy), denominator)
 
 
 @torch.no_grad()
-def update_center(center, teacher_logits, momentum=0.9):
-    """center = momentum * center + (1 - momentum) * mean of the teacher's logits over the rows of ALL ranks  (DINO)
+def update_center(center, teacher_logits, momentum=0.9, finite=True):
+    """center = momentum * center + (1 - momentum) * mean of teacher_logits over ALL ranks  (DINO)
 
-    center (K,) is changed in place; teacher_logits (R, K), or their means over R parts of equal size.  A mean that is
-    not finite is left out: it would stay in the center for ever.
+    center (K,) changes in place; teacher_logits (R, K), or a row per micro-batch: its mean.
+    finite (): False if the step was skipped, which leaves the center as it is.
     """
-    mean = all_sum(teacher_logits.float().sum(0)) / all_sum(torch.full_like(center[0], len(teacher_logits)))
-    center.lerp_(torch.where(mean.isfinite(), mean, center), 1 - momentum)
+    rows = all_sum(torch.full_like(center[0], len(teacher_logits)))
+    mean = all_sum(teacher_logits.float().sum(0)) / rows                    # (K,)
+    # A NaN would stay in the center for ever.
+    center.lerp_(torch.where(mean.isfinite() & finite, mean, center), 1 - momentum)
 
 
 @torch.no_grad()
 def codeword_use(teacher_logits, center, teacher_temp=0.04):
-    """How the teacher uses its codewords: where all patches fall on a few of them, the targets have collapsed.
+    """Which codewords the teacher uses: once all patches fall on a few, its targets say nothing.
 
-    teacher_logits (R, K), center (K,) -> (2, K): the sum over R of its distributions, and 1 where a codeword is the
-    most likely one of a row, else 0
+    teacher_logits (R, K) -> (2, K): sum over R of its distributions; 1 if most likely in some row
     """
-    p = ((teacher_logits.float() - center) / teacher_temp).softmax(-1)
-    return torch.stack([p.sum(0), torch.zeros_like(center).scatter_(0, p.argmax(-1), 1.0)])  # bincount waits for a GPU
+    p = ((teacher_logits.float() - center) / teacher_temp).softmax(-1)      # (R, K)
+    # Not bincount, which makes the CPU wait for the GPU.
+    used = torch.zeros_like(center).scatter_(0, p.argmax(-1), 1.0)          # (K,)
+    return torch.stack([p.sum(0), used])
 
 
-def mlm_loss(logits, targets, total=None):
-    """L_MLM = mean over all masked tokens of -log softmax(logits)[target]  (BERT)
+def mlm_loss(logits, targets, denominator=None):
+    """L_MLM = mean over masked words of -log softmax(logits)[target]  (paper; BERT)
 
-    logits (R, V), targets (R,) -> ()
+    logits (R, vocabulary), targets (R,) long -> ()
     """
-    rows = F.cross_entropy(logits.float(), targets, reduction="none")   # (R,)
-    return _global_mean(rows, torch.ones_like(rows), total)
+    cross_entropy = F.cross_entropy(logits.float(), targets, reduction="none")  # (R,)
+    return global_mean(cross_entropy, torch.ones_like(cross_entropy), denominator)

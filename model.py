@@ -1,17 +1,14 @@
-"""MaskCLIP's networks and those of its baselines: ViT, text transformer, decoders, six methods, EMA teacher.
+"""MaskCLIP's networks and those of its baselines: towers, decoders, six methods, teacher, EMA.
 
-Paper: section 3 and figure 2.  Layouts: the image tower is timm's `vit_base_patch16_224`, names included; the text
-tower is CLIP's.  Ideas: CLIP (towers), MAE (a mask as `ids_keep`), BERT (tied vocabulary head), DINO (teacher outside
-the model), Zhou et al. 2022 (patch features from a frozen CLIP).
+Paper: section 3 and figure 2.  The image tower is timm's `vit_base_patch16_224`, names included;
+the text tower is CLIP's.  Ideas: CLIP (towers), MAE (a mask as `ids_keep`), BERT (tied vocabulary
+head), iBOT (codewords), DINO (a teacher outside the model).
 
-Shapes: B batch, N patches, M hidden and V = N - M visible patches, L text tokens, R masked text tokens of the batch,
-D width, E joint embedding, K codewords.  `ids_keep` (B, V) and `ids_hide` (B, M) are patch numbers in 0 .. N-1:
-what the student sees, and what is hidden from it.
-
-    model = build(replace(PRESETS["vit_b16"], method="maskclip"));  out = model(batch)
+    out = build(replace(PRESETS["vit_b16"], method="maskclip"))(batch)      # a dict of tensors
 """
 import copy
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +16,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+# Shapes   B  pairs of a batch       N  patches of an image, V visible and M hidden: N = V + M
+#          L  tokens of a text       R  masked tokens of all B texts together
+#          D  width of a tower       E  width of the joint embedding       K  codewords
+#          H, W  height and width of an image, p  side of a patch: pixels
+# Paper    E_I, E_T  image and text encoder; e_I, e_T (B, E) their outputs after projection
+#          f  features of the visible patches, g those that the decoder D predicts for hidden ones
+#          h  online tokenizer, patch feature -> codewords      -bar  the teacher's
+# Masks    ids_keep (B, V), ids_hide (B, M)  patch numbers 0 .. N-1, row by row of the image: what
+#             the student sees, and what is hidden from it
+#          key_mask  bool, True = may be looked at
 
 
 @dataclass(frozen=True)
@@ -32,33 +40,33 @@ class ModelConfig:
     heads: int = 12
     embed_dim: int = 512                # SLIP recipe
     context_length: int = 77            # CLIP
-    vocab_size: int = 49409             # CLIP's 49,408 and [MASK]; the last three ids are start, end, [MASK]
+    vocab_size: int = 49409             # CLIP's 49,408 and [MASK]; the last are start, end, [MASK]
     text_width: int = 512               # paper
     text_depth: int = 12                # paper
     text_heads: int = 8                 # paper
     text_decoder_depth: int = 4         # paper
     codewords: int = 8192               # iBOT; the paper does not say
-    distill: str = "hidden"             # patches whose codewords are predicted: the paper's, or "all"
-    mae_decoder_depth: int = 8          # MAE, for method "mae" alone; the others decode with ONE block (paper)
+    mae_decoder_depth: int = 8          # MAE, for method "mae" alone; the others: ONE block (paper)
     ssl_hidden: int = 4096              # SLIP's MLP head, 4096-4096-256
     ssl_dim: int = 256
     image_norm_eps: float = 1e-6        # timm; CLIP's own towers have 1e-5
     quick_gelu: tuple = (False, True)   # image, text: SLIP's towers; CLIP's own are (True, True)
     pre_norm: bool = False              # CLIP's own ViT: layer norm before the first block ...
     patch_bias: bool = True             # ... and no bias in the patch embedding
-    interpolation: str = "bicubic"      # of test pictures: CLIP's, ELEVATER's; SLIP's is "bilinear"
+    interpolation: str = "bicubic"      # of test images: CLIP's, ELEVATER's; SLIP's is "bilinear"
 
     @property
     def grid(self):
-        """Patches a side; N is its square."""
+        """Patches on a side; N is its square."""
         return self.image_size // self.patch_size
 
 
 PRESETS = {
-    # Our choice, for a laptop: 64 patches, and 1/60 of ViT-B's arithmetic a picture.
-    "tiny": ModelConfig(image_size=64, patch_size=8, width=128, depth=3, heads=4, embed_dim=128, context_length=40,
-                        vocab_size=2048, text_width=128, text_depth=3, text_heads=4, text_decoder_depth=1,
-                        codewords=512, mae_decoder_depth=2, ssl_hidden=512, ssl_dim=128),
+    # Our choice, for a laptop: 64 patches, and 1/60 of ViT-B's arithmetic for an image.
+    "tiny": ModelConfig(image_size=64, patch_size=8, width=128, depth=3, heads=4, embed_dim=128,
+                        context_length=40, vocab_size=2048, text_width=128, text_depth=3,
+                        text_heads=4, text_decoder_depth=1, codewords=512, mae_decoder_depth=2,
+                        ssl_hidden=512, ssl_dim=128),
     "vit_s16": ModelConfig(width=384),  # 12 heads, as SLIP's and MoCo v3's; timm has 6
     "vit_b32": ModelConfig(patch_size=32),
     "vit_b16": ModelConfig(),
@@ -73,15 +81,25 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def attention(q, k, v, mask=None, causal=False):
-    """q (B, heads, R, D), k and v (B, heads, L, D), mask of the keys, bool, (B, 1, 1, L) -> (B, heads, R, D)."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # On the CPU PyTorch's kernel takes several times as long as this in bfloat16 (bench.py parts).
-    scores = q * q.size(-1) ** -0.5 @ k.mT                                          # (B, heads, R, L)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+def attention(q, k, v, key_mask=None, causal=False):
+    """q (B, heads, Q, D/heads), k and v (B, heads, L, D/heads) -> (B, heads, Q, D/heads).
+
+    key_mask (B, 1, 1, L), True = may be looked at; causal: query i looks at keys 0 .. i.
+    """
+    cpu_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if causal and (key_mask is not None or cpu_bf16):
+        # PyTorch takes a mask or is_causal, never both, so both become one mask.
+        lower = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+        key_mask = lower if key_mask is None else key_mask & lower              # (B, 1, Q, L)
+        causal = False
+    if not cpu_bf16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, is_causal=causal)
+    # On CPUs with bfloat16 instructions PyTorch's kernel takes 2 to 8 times as long as this: half
+    # of a step.  (CPUs without them are slow in bfloat16 whatever one does.)
+    scores = q * q.size(-1) ** -0.5 @ k.mT                                      # (B, heads, Q, L)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, -math.inf)
+    return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -94,74 +112,56 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, causal=False, key_mask=None, rows=slice(None)):
-        """x (B, L, D) -> (B, L, D), or of `rows` of L alone.  key_mask (B, L) bool, True = may be looked at.
-
-        Where causal, rows must begin with the first.
-        """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B, heads, L, D/heads)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        x = attention(q[:, :, rows], k, v, mask, causal)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def values(self, x):
-        """What each position would give if it looked at itself alone: x (B, L, D) -> (B, L, D)."""
-        width = x.size(-1)
-        return self.proj(F.linear(x, self.qkv.weight[-width:], self.qkv.bias[-width:]))
+        """x (B, L, D), key_mask (B, L), True = may be looked at -> (B, L, D), or `rows` of L."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, L, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, L, D/heads)
+        if key_mask is not None:
+            key_mask = key_mask[:, None, None, :]                               # (B, 1, 1, L)
+        x = attention(q[:, :, rows], k, v, key_mask, causal)        # causal: rows start at 0
+        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, L or rows, D)
 
 
 class Block(nn.Module):
     """A pre-norm transformer block."""
-    recompute = False  # activation checkpointing: keep the input alone, compute the rest again in the backward pass
-    drop_path = 0.0    # stochastic depth (fine-tuning): share of pictures that pass by a branch, in training mode
+    recompute = False  # activation checkpointing: keeps the input, computes the rest again backward
+    drop_path = 0.0    # stochastic depth (fine-tuning): share of images that skip a branch
 
     def __init__(self, width, heads, eps=1e-5, quick_gelu=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(width, 4 * width))
-        self.mlp.add_module("act", QuickGELU() if quick_gelu else nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width),
+            act=QuickGELU() if quick_gelu else nn.GELU(),
+            fc2=nn.Linear(4 * width, width)))
 
     def forward(self, x, causal=False, key_mask=None, rows=slice(None)):
-        """x (B, L, D) -> (B, L, D), or the `rows` of it that are read: a last block need not compute the others."""
+        """x (B, L, D) -> (B, L, D), or only the `rows` of L that somebody reads."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.inner, x, causal, key_mask, rows, use_reentrant=False,
-                              preserve_rng_state=self.drop_path > 0)
-        return self.inner(x, causal, key_mask, rows)
+            return checkpoint(self.compute, x, causal, key_mask, rows, use_reentrant=False)
+        return self.compute(x, causal, key_mask, rows)
 
-    def inner(self, x, causal, key_mask, rows):
-        """What forward does."""
-        x = x[:, rows] + self.dropped(self.attn(self.norm1(x), causal, key_mask, rows))
-        return x + self.dropped(self.mlp(self.norm2(x)))
+    def compute(self, x, causal, key_mask, rows):
+        x = x[:, rows] + self.drop(self.attn(self.norm1(x), causal, key_mask, rows))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
-    def dropped(self, branch):
-        """(B, L, D), all zero for some of B, the others larger by as much: the mean stays (timm's DropPath)."""
-        if not (self.drop_path and self.training):
+    def drop(self, branch):
+        """(B, L, D), zero for some of B and scaled for the others: the mean stays (timm)."""
+        if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
         return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map (timm's name and layout: a convolution)."""
-
-    def __init__(self, patch_size, width, bias=True):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=bias)
-
-    def forward(self, images):
-        """(B, 3, H, W) -> (B, N, D)."""
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class ViT(nn.Module):
-    """E_I, the image encoder: class token, learned positions, pre-norm blocks; timm's layout and names."""
+    """E_I, the image encoder: class token, learned positions, pre-norm blocks; timm's names."""
 
     def __init__(self, c):
         super().__init__()
-        self.patch_embed = PatchEmbed(c.patch_size, c.width, c.patch_bias)
+        # One linear map for all patches, which do not overlap.  Name and layout are timm's.
+        proj = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=c.patch_bias)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + c.grid ** 2, c.width))
         self.norm_pre = nn.LayerNorm(c.width, c.image_norm_eps) if c.pre_norm else nn.Identity()
@@ -170,36 +170,38 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(c.width, c.image_norm_eps)
 
     def embed(self, images, ids_keep=None):
-        """What the first block reads: images (B, 3, H, W) -> (B, 1 + N or V, D)."""
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]                        # (B, N, D)
-        if ids_keep is not None:
-            x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.size(-1)))         # (B, V, D)
+        """Input of the first block: images (B, 3, H, W) -> (B, 1 + N or V, D)."""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)                 # (B, N, D)
+        x = x + self.pos_embed[:, 1:]   # before patches leave, so that each has its own
+        if ids_keep is not None:        # hidden patches leave: a quarter of the cost at 75 % (MAE)
+            x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.size(-1)))     # (B, V, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.size(0), -1, -1)    # (B, 1, D)
-        return self.norm_pre(torch.cat([cls, x], 1))                                # (B, 1 + N or V, D)
+        return self.norm_pre(torch.cat([cls, x], 1))                            # (B, 1 + N or V, D)
 
     def forward(self, images, ids_keep=None, rows=slice(None)):
-        """images (B, 3, H, W) normalised; ids_keep (B, V): only these patches are seen.  -> (B, 1 + N or V, D)
-
-        rows: the places of the result that are wanted, all unless said: slice(1) is the class token.
-        """
+        """Normalised images (B, 3, H, W) -> (B, 1 + N, D), or with ids_keep f (B, 1 + V, D)."""
         x = self.blocks[:-1](self.embed(images, ids_keep))
+        # The last block computes only the `rows` that are read; slice(1) is the class token.
         return self.norm(self.blocks[-1](x, rows=rows))
 
     def patch_views(self, images):
-        """(B, 3, H, W) -> (B, depth, N, D): the class token as if it looked at one patch alone, from block l on.
+        """(B, 3, H, W) -> (B, depth, N, D): class tokens whose attention sees one patch only.
 
-        Before block l it is that of block l for all patches; from there its attention falls on each patch by itself, so
-        it adds that patch's value.  What leaves is a class token, so it lies where the projection was trained; the last
-        layer's patch tokens do not.  l = last is close to Zhou et al. 2022 ("Extract Free Dense Labels from CLIP"),
-        who add the values to each patch's own residual instead.
+        View l, patch n: what the class token would be if it saw only patch n from block l on.  The
+        last view is close to Zhou et al. 2022, "Extract Free Dense Labels from CLIP".  Class tokens
+        and not patch tokens, because the projection to the joint space was trained on them.
         """
-        x, views = self.embed(images), []                                           # (B, 1 + N, D), [] of (B, N, D)
+        x = self.embed(images)                                                  # (B, 1 + N, D)
+        views = []
         for block in self.blocks:
-            values = block.attn.values(block.norm1(x))[:, 1:]                       # (B, N, D)
-            views = [view + values for view in (*views, x[:, :1])]
+            qkv = block.attn.qkv
+            values = F.linear(block.norm1(x), qkv.weight.chunk(3)[2], qkv.bias.chunk(3)[2])
+            seen = block.attn.proj(values)[:, 1:]       # by attention to one patch: (B, N, D)
+            views.append(x[:, :1])                      # the view that starts here: (B, 1, D)
+            views = [view + seen for view in views]                             # each (B, N, D)
             views = [view + block.mlp(block.norm2(view)) for view in views]
             x = block(x)
-        return self.norm(torch.stack(views, 1))
+        return self.norm(torch.stack(views, 1))                                 # (B, depth, N, D)
 
 
 class TextTransformer(nn.Module):
@@ -215,109 +217,111 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, L), L up to the context length -> (B, L, D)."""
-        x = self.token_embedding(tokens) + self.pos_embed[:tokens.size(1)]
+        x = self.token_embedding(tokens) + self.pos_embed[:tokens.size(1)]      # (B, L, D)
         for block in self.blocks:
+            # No key mask: causal tokens up to the end-of-text never look at the padding after it.
             x = block(x, causal=True)
         return self.norm(x)
 
 
 class ImageDecoder(nn.Module):
-    """D: visible features and a mask token per hidden patch -> features of the hidden patches (paper: ONE block)."""
+    """D: features of visible patches, a mask token for each hidden one -> the hidden features."""
 
-    def __init__(self, c, depth=1):
+    def __init__(self, c, depth=1):  # ONE block (paper), so that E_I does the work
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.pos_embed = nn.Parameter(torch.zeros(1 + c.grid ** 2, c.width))
-        self.blocks = nn.Sequential(*(Block(c.width, c.heads, c.image_norm_eps) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(c.width, c.heads, c.image_norm_eps)
+                                      for _ in range(depth)))
         self.norm = nn.LayerNorm(c.width, c.image_norm_eps)
 
-    def forward(self, f, ids_keep, ids_hide, visible=False):
-        """f (B, 1 + V, D) -> g (B, M, D), in the order of ids_hide; with `visible` (B, N, D), those of ids_keep first.
-
-        Order is free, for each token has its position.
-        """
+    def forward(self, f, ids_keep, ids_hide):
+        """f (B, 1 + V, D), ids_keep (B, V), ids_hide (B, M) -> g (B, M, D) in ids_hide's order."""
         B, M = ids_hide.shape
-        x = torch.cat([f, self.mask_token.expand(B, M, -1)], 1)                           # (B, 1 + N, D)
-        places = torch.cat([ids_keep.new_zeros(B, 1), 1 + ids_keep, 1 + ids_hide], 1)     # (B, 1 + N)
-        # F.embedding, for the gradient of plain indexing is summed in a random order on several CPU threads.
-        x = self.blocks[:-1](x + F.embedding(places, self.pos_embed))
-        return self.norm(self.blocks[-1](x, rows=slice(1 if visible else f.size(1), None)))   # (B, M or N, D)
+        # Tokens need not stand in the order of the image, because each carries its position.
+        x = torch.cat([f, self.mask_token.expand(B, M, -1)], 1)                 # (B, 1 + N, D)
+        cls = ids_keep.new_zeros(B, 1)
+        positions = torch.cat([cls, 1 + ids_keep, 1 + ids_hide], 1)             # (B, 1 + N)
+        # Not pos_embed[positions]: CPU threads would sum its gradient in a random order.
+        x = self.blocks[:-1](x + F.embedding(positions, self.pos_embed))        # (B, 1 + N, D)
+        return self.norm(self.blocks[-1](x, rows=slice(f.size(1), None)))       # (B, M, D)
 
 
 class TextDecoder(nn.Module):
-    """D_T: E_T's tokens of a masked caption -> features at the masked places; looks both ways (paper: FOUR blocks)."""
+    """D_T: E_T's tokens of a masked caption -> features of the masked ones; FOUR blocks (paper)."""
 
     def __init__(self, c):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(c.text_width, c.text_heads) for _ in range(c.text_decoder_depth))
+        self.blocks = nn.ModuleList(Block(c.text_width, c.text_heads)
+                                    for _ in range(c.text_decoder_depth))
         self.norm = nn.LayerNorm(c.text_width)
 
     def forward(self, x, key_mask, ids):
-        """x (B, L, D), key_mask (B, L) True = not padding, ids (R,) places in the flattened (B, L) -> (R, D)."""
+        """x (B, L, D), key_mask (B, L) True = not padding, ids (R,) of B * L tokens -> (R, D)."""
         for block in self.blocks:
+            # It looks both ways (BERT): E_T is causal, so its tokens know nothing of what follows.
             x = block(x, key_mask=key_mask)
         return self.norm(x.flatten(0, 1)[ids])
 
 
-class _RankMean(torch.autograd.Function):
-    """The mean of a tensor over all ranks; each rank's gradient is then the mean of all ranks' gradients."""
+class Codewords(nn.Linear):
+    """h, the online tokenizer: the cosine of a patch feature and each of K codewords."""
+
+    # Cosines, because iBOT's temperatures (0.1, 0.04) would make plain products all but one-hot.
+    def forward(self, x):
+        """(..., D) -> (..., K), from -1 to 1."""
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class RankMean(torch.autograd.Function):
+    """The mean of a tensor over all ranks, and of its gradient: the map is its own transpose."""
 
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(x)
+            x /= dist.get_world_size()
+        return x
 
-    backward = forward  # the map is its own transpose
-
-
-class Codewords(nn.Linear):
-    """h, the online tokenizer: the cosine of a patch feature and each of K codewords.
-
-    iBOT's temperatures (0.1, 0.04) are made for cosines: its head normalises features and last layer too.  With plain
-    products the teacher is all but one-hot from the first step, and the contrastive loss falls more slowly.
-    """
-
-    def __init__(self, width, codewords):
-        super().__init__(width, codewords, bias=False)
-
-    def forward(self, x):
-        """(..., D) -> (..., K) in -1 .. 1."""
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+    backward = forward
 
 
 class SyncBatchNorm(nn.Module):
-    """Batch normalisation over the rows of ALL ranks, on CPU too (PyTorch's is for CUDA only)."""
+    """Batch normalisation over the rows of ALL ranks, also on the CPU, which PyTorch's is not."""
 
-    def __init__(self, width, eps=1e-5):
+    def __init__(self, width):
         super().__init__()
-        self.eps = eps
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
-        """x (B, D) -> (B, D).  The head is for training only, so there are no running statistics."""
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        mean = (lambda rows: _RankMean.apply(rows.mean(0))) if several else (lambda rows: rows.mean(0))
+        """x (B, D) -> (B, D).  No running statistics: the head serves training only."""
         x = x.float()
-        x = x - mean(x)
-        return x * (mean(x ** 2) + self.eps).rsqrt() * self.weight + self.bias
+        x = x - RankMean.apply(x.mean(0))
+        variance = RankMean.apply((x ** 2).mean(0))                             # (D,)
+        return x * (variance + 1e-5).rsqrt() * self.weight + self.bias          # 1e-5: PyTorch's
 
 
 def ssl_head(c):
-    """SimCLR's projection head in SLIP's form (4096-4096-256): class token (B, D) -> z (B, 256)."""
-    def layer(width):  # no bias: the norm would take it away
+    """SimCLR's head in SLIP's form (4096-4096-256): class token (B, D) -> z (B, 256)."""
+    def layer(width):  # no bias, because the norm would subtract it
         return nn.Linear(width, c.ssl_hidden, bias=False), SyncBatchNorm(c.ssl_hidden), nn.ReLU()
+
     return nn.Sequential(*layer(c.width), *layer(c.ssl_hidden), nn.Linear(c.ssl_hidden, c.ssl_dim))
 
 
 # ---------------------------------------------------------------- the six methods
-# A batch is a dict of tensors (data.Samples.collate, pixels normalised; `needs` names what it reads), and so is what
-# forward returns; losses are train.py's business.  forward is made of passes that share nothing but weights, so that
-# training can take each, with its losses, forward and back before the next one needs the memory.  `pairs` and `views`
-# treat each pair by itself, `across` all of them together: what does not fit is taken in pieces (train.Step).
+# A batch is a dict of tensors (data.Samples.collate; pixels normalised), and so is the result.
+# `needs`: what a method reads of a batch.  `passes`: forward passes that share weights, but no
+# activations, so that training can take one after the other:
+#   masked       a part of the image, or of the caption, is hidden from the student
+#   views        two more augmented views of an image, for SimCLR
+#   contrastive  the full image and the full text
 
 class VisionModel(nn.Module):
-    """What all methods share: an image tower, and a forward pass made of `passes`, which name methods."""
+    """An image tower, and the passes that need no text: a subclass lists those that it takes."""
+    needs = ()
     passes = ()
 
     def __init__(self, config):
@@ -325,74 +329,43 @@ class VisionModel(nn.Module):
         self.config = config
         self.visual = ViT(config)
 
-    def across(self, features):
-        """What `pairs` or `views` gave for ALL pairs of this rank -> what the losses that compare pairs read."""
-        return features
+    def forward(self, batch, passes=None, project=True):
+        """What the losses of some passes read (default: of all), by name.
 
-    def forward(self, batch, passes=None):
-        """What the losses of some passes read; unless said, of all."""
+        masked: pixels (B, N, p*p*3), or student_logits (B, M, K) and mlm_logits (R, vocabulary).
+        views: z1, z2 (B, 256).  contrastive: image (B, E), text (B, E), scale ().
+        project=False: features of each pair, for `project` on those of all parts (GradCache)
+        """
         out = {}
         for name in passes or self.passes:
-            features = getattr(self, name)(batch)
-            out |= features if name == "masked" else self.across(features)
+            if name == "masked":
+                out |= self.masked(batch)
+            else:
+                features = self.views(batch) if name == "views" else self.contrastive(batch)
+                out |= self.project(features) if project else features
         return out
 
-
-class CLIP(VisionModel):
-    """Contrastive language-image pretraining: L_I + L_T."""
-    needs = ("images", "text")
-    passes = ("pairs",)
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.text = TextTransformer(config)
-        self.image_projection = nn.Linear(config.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP
-        self.eot = config.vocab_size - 2  # the tokenizer's last ids are start, end, [MASK]
-
-    def encode_image(self, images):
-        """(B, 3, H, W) -> (B, E), before length normalisation."""
-        return self.image_projection(self.visual(images, rows=slice(1))[:, 0])
-
-    def encode_text(self, tokens):
-        """(B, L) -> (B, E), before length normalisation: the token at the first end-of-text."""
-        x = self.text(tokens)                                                          # (B, L, D)
-        x = x[torch.arange(len(x), device=x.device), (tokens == self.eot).int().argmax(1)]    # (B, D)
-        return self.text_projection(x)
-
-    def encode_patches(self, images):
-        """(B, 3, H, W) -> (B, N, E): patch features in the joint space, before length normalisation.
-
-        The mean of the unit features of ViT.patch_views: it scored best of what we tried (README).
-        """
-        return F.normalize(self.image_projection(self.visual.patch_views(images)), dim=-1).mean(1)
-
-    def pairs(self, batch):
-        """-> image (B, E), text (B, E)."""
-        return dict(image=self.encode_image(batch["images"]), text=self.encode_text(batch["tokens"]))
-
-    def across(self, features):
-        """-> image, text, and scale ()."""
-        return features | dict(scale=self.logit_scale.exp())
-
-
-class SLIP(CLIP):
-    """CLIP and SimCLR on two further views (Mu et al. 2022)."""
-    needs = (*CLIP.needs, "views")
-    passes = ("views", "pairs")
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.ssl_head = ssl_head(config)
+    def project(self, features):
+        """view1, view2 -> z1, z2; or image, text -> the same and scale.  Of ALL pairs of a rank."""
+        if "view1" not in features:
+            return features | dict(scale=self.logit_scale.exp())
+        # The head normalises over the batch; each view has its own statistics, as in SLIP.
+        return dict(z1=self.ssl_head(features["view1"]), z2=self.ssl_head(features["view2"]))
 
     def views(self, batch):
-        """-> view1, view2 (B, D)."""
-        return two_views(self, batch)
+        """-> view1, view2 (B, D): class tokens of views (B, 2, 3, H, W)."""
+        view1 = self.visual(batch["views"][:, 0], rows=slice(1))[:, 0]          # (B, D)
+        view2 = self.visual(batch["views"][:, 1], rows=slice(1))[:, 0]          # (B, D)
+        return dict(view1=view1, view2=view2)
 
-    def across(self, features):
-        """-> z1, z2 (B, 256) of views, else CLIP's."""
-        return compared_views(self, features) if "view1" in features else super().across(features)
+    def masked(self, batch):
+        """-> pixels (B, N, p*p*3): MAE's prediction of the hidden patches, zero at visible ones."""
+        ids_keep, ids_hide = batch["ids_keep"], batch["ids_hide"]
+        f = self.visual(batch["images"], ids_keep)                              # (B, 1 + V, D)
+        g = self.image_decoder(f, ids_keep, ids_hide)                           # (B, M, D)
+        hidden = self.pixel_head(g)                                             # (B, M, p*p*3)
+        pixels = hidden.new_zeros(len(hidden), self.config.grid ** 2, hidden.size(-1))
+        return dict(pixels=pixels.scatter(1, ids_hide[..., None].expand_as(hidden), hidden))
 
 
 class SimCLR(VisionModel):
@@ -403,39 +376,6 @@ class SimCLR(VisionModel):
     def __init__(self, config):
         super().__init__(config)
         self.ssl_head = ssl_head(config)
-
-    def views(self, batch):
-        """-> view1, view2 (B, D)."""
-        return two_views(self, batch)
-
-    def across(self, features):
-        """-> z1, z2 (B, 256)."""
-        return compared_views(self, features)
-
-
-def two_views(model, batch):
-    """views (B, 2, 3, H, W) -> view1, view2 (B, D), their class tokens"""
-    return {f"view{i + 1}": model.visual(batch["views"][:, i], rows=slice(1))[:, 0] for i in range(2)}
-
-
-def compared_views(model, features):
-    """view1, view2 (B, D) -> z1, z2 (B, 256).  Each view has batch statistics of its own, as in SLIP."""
-    return dict(z1=model.ssl_head(features["view1"]), z2=model.ssl_head(features["view2"]))
-
-
-class CLIPMAE(CLIP):
-    """CLIP and reconstruction of hidden patches' pixels from the visible ones, by the same decoder as MaskCLIP's."""
-    needs = (*CLIP.needs, "mask")
-    passes = ("masked", "pairs")
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.image_decoder = ImageDecoder(config)
-        self.pixel_head = nn.Linear(config.width, 3 * config.patch_size ** 2)
-
-    def masked(self, batch):
-        """-> pixels (B, N, p*p*3), zero at the visible patches."""
-        return hidden_pixels(self, batch)
 
 
 class MAE(VisionModel):
@@ -448,57 +388,108 @@ class MAE(VisionModel):
         self.image_decoder = ImageDecoder(config, config.mae_decoder_depth)
         self.pixel_head = nn.Linear(config.width, 3 * config.patch_size ** 2)
 
-    def masked(self, batch):
-        """-> pixels (B, N, p*p*3), zero at the visible patches."""
-        return hidden_pixels(self, batch)
+
+class CLIP(VisionModel):
+    """Contrastive language-image pretraining: L_I + L_T."""
+    needs = ("images", "text")
+    passes = ("contrastive",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = TextTransformer(config)
+        self.image_projection = nn.Linear(config.width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))       # CLIP
+        self.eot = config.vocab_size - 2  # the tokenizer's last ids are start, end, [MASK]
+
+    def encode_image(self, images):
+        """(B, 3, H, W) -> (B, E), before length normalisation."""
+        return self.image_projection(self.visual(images, rows=slice(1))[:, 0])
+
+    def encode_text(self, tokens):
+        """(B, L) -> (B, E), before length normalisation."""
+        x = self.text(tokens)                                                   # (B, L, D)
+        # The first end-of-text is the one token that looks at the whole text.  CLIP takes the
+        # largest id, but here [MASK] is larger.
+        end = (tokens == self.eot).int().argmax(1)                              # (B,)
+        x = x[torch.arange(len(x), device=x.device), end]                       # (B, D)
+        return self.text_projection(x)
+
+    def encode_patches(self, images):
+        """(B, 3, H, W) -> (B, N, E): patch features in the joint space, before normalisation."""
+        # The mean of the unit features of all views scored best of what we tried (docs/choices.md).
+        views = self.image_projection(self.visual.patch_views(images))          # (B, depth, N, E)
+        return F.normalize(views, dim=-1).mean(1)
+
+    def contrastive(self, batch):
+        """-> image (B, E), text (B, E)."""
+        return dict(image=self.encode_image(batch["images"]),
+                    text=self.encode_text(batch["tokens"]))
 
 
-def hidden_pixels(model, batch):
-    """-> pixels (B, N, p*p*3): predicted at the hidden patches, zero at the visible ones."""
-    f = model.visual(batch["images"], batch["ids_keep"])                               # (B, 1 + V, D)
-    g = model.image_decoder(f, batch["ids_keep"], batch["ids_hide"])                   # (B, M, D)
-    rows = model.pixel_head(g)                                                         # (B, M, p*p*3)
-    pixels = rows.new_zeros(len(rows), model.config.grid ** 2, rows.size(-1))          # (B, N, p*p*3)
-    return dict(pixels=pixels.scatter(1, batch["ids_hide"][..., None].expand_as(rows), rows))
+class SLIP(CLIP):
+    """CLIP and SimCLR on two more views (Mu et al. 2022)."""
+    needs = (*CLIP.needs, "views")
+    passes = ("views", "contrastive")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.ssl_head = ssl_head(config)
 
 
-class MaskCLIP(CLIP):
-    """CLIP, masked self-distillation of the image and masked language modelling of the caption (paper).
-
-    CLIP's part sees the full image and the full text.
-    """
-    needs = (*CLIP.needs, "mask", "mlm")
-    passes = ("masked", "pairs")
+class CLIPMAE(CLIP):
+    """CLIP and MAE's pixels, by a decoder like MaskCLIP's (paper: the baseline CLIP + MAE)."""
+    needs = (*CLIP.needs, "mask")
+    passes = ("masked", "contrastive")
 
     def __init__(self, config):
         super().__init__(config)
         self.image_decoder = ImageDecoder(config)
-        self.codewords = Codewords(config.width, config.codewords)   # h; the teacher holds h-bar
+        self.pixel_head = nn.Linear(config.width, 3 * config.patch_size ** 2)
+
+
+class MaskCLIP(CLIP):
+    """The paper's figure 2, from the inputs on the left to the losses on the right:
+
+        contrastive   full image      -> E_I -> class token          -> e_I  \\
+                      full text       -> E_T -> end-of-text          -> e_T  /  L_I + L_T
+        masked        visible patches -> E_I -> f     -> D -> g -> h ->      \\
+        Teacher       full image      -> E_I-bar -> f-bar -> h-bar   ->      /  lambda L_Dist
+        masked        masked text     -> E_T -> D_T -> vocabulary    ->         beta L_MLM
+    """
+    needs = (*CLIP.needs, "mask", "mlm")
+    passes = ("masked", "contrastive")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.image_decoder = ImageDecoder(config)
+        self.codewords = Codewords(config.width, config.codewords, bias=False)      # h
         self.text_decoder = TextDecoder(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def distilled(self, batch):
-        """The patches whose codewords are predicted: (B, M) the hidden ones, or (B, N) the visible ones and them."""
-        keep, hide = batch["ids_keep"], batch["ids_hide"]
-        return torch.cat([keep, hide], 1) if self.config.distill == "all" else hide
-
     def masked(self, batch):
-        """-> student_logits (B, M or N, K) of the patches `distilled`, mlm_logits (R, V) of the masked tokens."""
-        f = self.visual(batch["images"], batch["ids_keep"])                            # (B, 1 + V, D)
-        g = self.image_decoder(f, batch["ids_keep"], batch["ids_hide"], self.config.distill == "all")
-        student_logits = self.codewords(g)                                             # (B, M or N, K)
+        """-> student_logits (B, M, K) in ids_hide's order, mlm_logits (R, vocabulary)."""
+        ids_keep, ids_hide = batch["ids_keep"], batch["ids_hide"]
+        f = self.visual(batch["images"], ids_keep)                              # (B, 1 + V, D)
+        g = self.image_decoder(f, ids_keep, ids_hide)                           # (B, M, D)
+        # Row (b, m) is patch ids_hide[b, m]; Teacher.forward picks its rows by the same ids_hide.
+        student_logits = self.codewords(g)                                      # (B, M, K)
 
-        masked = batch["mlm_tokens"]                                                   # (B, L)
-        key_mask = (masked == self.eot).cumsum(1) - (masked == self.eot).int() == 0    # (B, L) up to the first end
-        x = self.text_decoder(self.text(masked), key_mask, batch["mlm_ids"])           # (R, D)
-        mlm_logits = F.linear(x, self.text.token_embedding.weight, self.vocabulary_bias)          # (R, V)
-        return dict(student_logits=student_logits, mlm_logits=mlm_logits)
+        is_end = batch["mlm_tokens"] == self.eot                                # (B, L)
+        ends_before = is_end.cumsum(1) - is_end.int()
+        key_mask = ends_before == 0         # (B, L), True up to the first end-of-text: no padding
+        x = self.text(batch["mlm_tokens"])                                      # (B, L, D)
+        x = self.text_decoder(x, key_mask, batch["mlm_ids"])                    # (R, D)
+        # BERT: the vocabulary's weights are those of the token embedding.
+        mlm_logits = F.linear(x, self.text.token_embedding.weight, self.vocabulary_bias)
+        return dict(student_logits=student_logits, mlm_logits=mlm_logits)       # (R, vocabulary)
 
 
 class Teacher(nn.Module):
-    """E_I-bar and h-bar: a frozen copy of the student's image tower and codeword head, moved by `ema_update`.
+    """E_I-bar and h-bar: a frozen copy of the student's image tower and codewords.
 
-    `center` (K,) is the running mean of its logits (losses.update_center).
+    It has no gradient and stands outside the model, so neither DDP nor the optimiser sees it.  Only
+    ema_update moves it, and losses.update_center its center (K,), the running mean of its logits.
     """
 
     def __init__(self, student):
@@ -509,34 +500,50 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images, ids):
-        """The FULL image -> logits (B, M, K) of some patches (B, M): those that are hidden from the student."""
-        x = self.visual(images)[:, 1:]                                                 # (B, N, D)
-        return self.codewords(x.gather(1, ids[..., None].expand(-1, -1, x.size(-1))))
+    def forward(self, images, ids_hide):
+        """The FULL images (B, 3, H, W), ids_hide (B, M) -> logits (B, M, K) in ids_hide's order."""
+        f = self.visual(images)[:, 1:]                                          # (B, N, D)
+        # Only hidden patches go to the codewords, because these cost more than a block.
+        f = f.gather(1, ids_hide[..., None].expand(-1, -1, f.size(-1)))         # (B, M, D)
+        return self.codewords(f)
 
 
 @torch.no_grad()
-def ema_update(teacher, student, momentum):
-    """theta_teacher = momentum * theta_teacher + (1 - momentum) * theta_student, for each parameter of the teacher.
+def ema_update(teacher, student, momentum, finite=None):
+    """theta_teacher = momentum * theta_teacher + (1 - momentum) * theta_student
 
-    The student may hold more than the teacher.  Raises KeyError for a parameter of the teacher that it lacks.
+    finite () bool tensor: False if the step was skipped, which leaves the teacher as it is.
     """
-    of_student = dict(student.named_parameters())
-    names, parameters = zip(*teacher.named_parameters())
-    torch._foreach_lerp_(list(parameters), [of_student[name] for name in names], 1 - momentum)
+    new = [student.get_parameter(name) for name, _ in teacher.named_parameters()]
+    share = 1 - momentum
+    if finite is not None:  # a tensor, because reading `finite` would make the CPU wait for the GPU
+        share = [torch.where(finite, share, 0.0)] * len(new)
+    # One call for all parameters: one by one takes several times as long (tools/bench.py).
+    torch._foreach_lerp_(list(teacher.parameters()), new, share)
+
+
+def set_up_blocks(network, recompute, compile):
+    """Activation checkpointing, and torch.compile, for all transformer blocks of a network."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.recompute = recompute
+            if compile:
+                # All blocks share one code, so the variants (tower, mask, length) count together.
+                torch._dynamo.config.recompile_limit = 256
+                module.compile(dynamic=False)
 
 
 METHODS = dict(clip=CLIP, slip=SLIP, clip_mae=CLIPMAE, maskclip=MaskCLIP, simclr=SimCLR, mae=MAE)
 
 
 def build(config):
-    """A model with fresh weights.  Raises ValueError for an unknown method or a patch size that does not fit."""
+    """A model with fresh weights.  ValueError for an unknown method."""
     if config.method not in METHODS:
         raise ValueError(f"unknown method '{config.method}': one of {', '.join(METHODS)}")
-    if config.image_size % config.patch_size:
-        raise ValueError(f"image size {config.image_size} is not a multiple of patch size {config.patch_size}")
-    with torch.random.fork_rng(devices=[]):  # what constructors draw is drawn anew below: not drawn from the seed,
-        model = METHODS[config.method](config)  # it leaves CLIP's part equal in all methods that hold it
+    # Constructors draw numbers that init_weights replaces.  They must not move the seed's sequence,
+    # so that CLIP's part starts equal in all methods that hold it.
+    with torch.random.fork_rng(devices=[]):
+        model = METHODS[config.method](config)
     init_weights(model)
     return model
 
@@ -544,28 +551,31 @@ def build(config):
 def init_weights(model):
     """All initial weights, in one place.
 
-    Linear layers: Xavier uniform as MAE's ViT, so that narrow models start at a sensible scale too; CLIP's scheme in
-    the text tower.  Biases zero, layer norms one.  Positions, class and mask tokens: normal, std .02 (MAE, timm).
+    Xavier uniform as in MAE's ViT, because it suits narrow models too; CLIP's scheme in the text
+    tower.  What is not drawn: biases are 0, norms 1, sigma 0.07 (CLIP).
     """
+    width, depth = model.config.text_width, model.config.text_depth
+    text_std = {"qkv": width ** -0.5, "fc1": (2 * width) ** -0.5}               # CLIP
+    # The other layers add to the residual stream: the more of them, the less each (CLIP).
+    residual_std = (2 * width * depth) ** -0.5
+
     for name, p in model.named_parameters():
-        leaf = name.rpartition(".")[2]
-        if leaf in ("cls_token", "mask_token", "pos_embed"):
-            nn.init.normal_(p, std=0.01 if name == "text.pos_embed" else 0.02)       # CLIP: .01
-        elif "token_embedding" in name:
-            nn.init.normal_(p, std=0.02)                                              # CLIP
-        elif "projection" in name:
-            nn.init.normal_(p, std=p.size(1) ** -0.5)                                 # CLIP: width ** -.5
-        elif "patch_embed" in name and p.ndim > 1:
-            nn.init.xavier_uniform_(p.view(len(p), -1))                               # MAE
-        elif p.ndim > 1:
-            width, layers = model.config.text_width, model.config.text_depth
-            if name.startswith("text.blocks"):                                        # CLIP, by the part of the block
-                nn.init.normal_(p, std={"qkv": width ** -0.5, "fc1": (2 * width) ** -0.5}.get(
-                    name.split(".")[-2], (2 * width * layers) ** -0.5))
-            elif "qkv" in name:
-                for part in p.chunk(3):                                               # three matrices in one
-                    nn.init.xavier_uniform_(part)
-            else:
-                nn.init.xavier_uniform_(p)
-        elif leaf == "bias":
+        path, _, kind = name.rpartition(".")
+        layer = path.rpartition(".")[2]
+        if name == "text.pos_embed":
+            nn.init.normal_(p, std=0.01)                                        # CLIP
+        elif kind in ("cls_token", "mask_token", "pos_embed") or layer == "token_embedding":
+            nn.init.normal_(p, std=0.02)                                        # MAE, timm, CLIP
+        elif layer in ("image_projection", "text_projection"):
+            nn.init.normal_(p, std=p.size(1) ** -0.5)                           # CLIP
+        elif kind == "bias":
             nn.init.zeros_(p)
+        elif p.ndim > 1 and name.startswith("text.blocks"):
+            nn.init.normal_(p, std=text_std.get(layer, residual_std))           # CLIP
+        elif layer == "qkv":
+            for part in p.chunk(3):     # three matrices in one
+                nn.init.xavier_uniform_(part)
+        elif path.endswith("patch_embed.proj"):
+            nn.init.xavier_uniform_(p.view(len(p), -1))     # the pixels of a patch are one row
+        elif p.ndim > 1:
+            nn.init.xavier_uniform_(p)

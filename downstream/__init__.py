@@ -1,0 +1,1 @@
+"""Training further: fine-tuning and segmentation."""

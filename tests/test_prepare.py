@@ -1,0 +1,364 @@
+"""Any source becomes shards once: what is bad is counted and named, and a stop is resumed."""
+import bz2
+import csv
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from helpers import picture_bytes, write_shard
+from PIL import Image
+
+import data
+from support import shards
+from tools import prepare, readers
+
+
+@pytest.fixture
+def run(capfd):
+    """The command line.  -> what it prints; the sentence with which it fails comes last"""
+    def call(*arguments, fails=False):
+        with pytest.raises(SystemExit) as end:
+            prepare.main(list(map(str, arguments)))
+        assert bool(end.value.code) == fails
+        printed = capfd.readouterr()
+        sentence = end.value.code if isinstance(end.value.code, str) else ""
+        assert "\n" not in sentence
+        return printed.out + printed.err + sentence
+    return call
+
+
+@pytest.fixture
+def packed(run, tmp_path):
+    """Pack and read back.  -> [(width of the picture - 10, captions)], what was printed"""
+    def call(*arguments):
+        out = tmp_path / f"packed{len(list(tmp_path.glob('packed*')))}"
+        printed = run("pack", *arguments, "--out", out)
+        return contents(out), printed
+    return call
+
+
+def contents(folder):
+    """[(width of the picture - 10, captions)] of shards."""
+    pairs = data.Pairs([str(folder)])
+    assert not pairs.warnings
+    return [(data.decode(content).width - 10, captions)
+            for content, captions in (pairs[i] for i in range(len(pairs)))]
+
+
+def picture(number, kind="JPEG"):
+    """A picture that can be recognised by its width."""
+    return picture_bytes((90, 30, 200), (10 + number, 30), kind)
+
+
+def members(numbers, suffix="jpg", content=None):
+    """Pairs for a shard: a picture that can be recognised, or `content`, and a caption."""
+    for i in numbers:
+        yield f"{i}.{suffix}", content or picture(i)
+        yield f"{i}.txt", b"some text"
+
+
+def draw_pictures(folder, numbers):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+
+
+def noise(width, height):
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+TRUNCATED = picture_bytes(noise(90, 90), kind="JPEG")[:-2000]
+
+
+def write_table(path, rows, columns=("image", "title", "description")):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(dict(zip(columns, row))) + "\n" for row in rows)
+        elif path.suffix == ".tsv":
+            file.writelines("\t".join(row) + "\n" for row in [columns, *rows])
+        else:
+            csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+# ---------------------------------------------------------------- sources
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_tables(tmp_path, packed, suffix):
+    """Quotes, commas, line ends, a missing picture; and more records than are looked at first."""
+    draw_pictures(tmp_path / "images", (0, 2, 3))
+    titles = ['say "cheese", please', "gone", "" if suffix == ".tsv" else 'two\n"lines"', "größe"]
+    rows = [(f"{i}.jpg", title, f"number {i}") for i, title in enumerate(titles)]
+    rows += [("0.jpg", f"title {i}", "") for i in range(150)]
+    found, printed = packed(write_table(tmp_path / f"table{suffix}", rows))
+    assert found[:3] == [(i, [text for text in (titles[i], f"number {i}") if text])
+                         for i in (0, 2, 3)]
+    assert found[3:] == [(0, [f"title {i}"]) for i in range(150)]
+    assert "packed 153 pairs" in printed and "record 2: " in printed
+
+
+def test_odd_records_are_left_out_and_spare_the_others(tmp_path, packed):
+    """Blank lines, byte-order marks, Windows' line ends, lines that are cut off, wrong types."""
+    draw_pictures(tmp_path, [0])
+    good = dict(image="0.jpg", caption="good")
+    odd = [dict(caption=7), dict(image=["a"]), dict(image="x" * 300), dict(image="a\0b"),
+           dict(image="a.zip/0.jpg"), {"caption": "", "class": 3}]
+    lines = [json.dumps(good), "", "{", "[1]", *(json.dumps(good | change) for change in odd),
+             json.dumps(good | dict(url="http://a/b.zip/0.jpg"))]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    found, printed = packed(tmp_path / "a.jsonl")
+    assert found == [(0, ["good"])] * 2 and "left out 8 records" in printed
+    assert printed.count("left out:") == 8
+
+    rows = ['0.jpg,a 5" disk', "", '0.jpg,"two\r\nlines"', "0.jpg,end"]
+    (tmp_path / "b.csv").write_bytes(("image,caption\r\n" + "\r\n".join(rows)).encode())
+    found, _ = packed(tmp_path / "b.csv")
+    assert [captions[0] for _, captions in found] == ['a 5" disk', "two\r\nlines", "end"]
+    (tmp_path / "c.tsv").write_bytes(b"image\tcaption\r\n\r\n0.jpg\to\rne\r\n\r\n0.jpg\ttwo\r\n")
+    assert packed(tmp_path / "c.tsv")[0] == [(0, ["o\rne"]), (0, ["two"])]
+
+
+@pytest.mark.parametrize("name,content,word", [
+    ("a.txt", "image\tcaption\n", "tables"), ("c.csv", "photo,caption\n0.jpg,x\n", "none of"),
+    ("d.tsv", "image\ttitle\nnowhere.jpg\tx\n", "nowhere.jpg"), ("g.tsv", "", "none of"),
+    ("e.csv", 'image,title\n0.jpg,"never closed' + " and on" * 200_000, "limit"),
+    ("h.json", "[1]", "h.json"), ("j.json", '{"images": [], "annotations": [{}]}', "image_id"),
+    ("k.pkl", "(lp0", "k.pkl")])
+def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
+    draw_pictures(tmp_path, [0])
+    (tmp_path / name).write_text(content)
+    assert word in run("pack", tmp_path / name, "--out", tmp_path / "out", fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_gives_its_shards_or_its_only_table(tmp_path, run, packed):
+    folder = tmp_path / "set"
+    draw_pictures(folder / "cat", [0])
+    assert "--classes" in run("pack", folder, "--out", tmp_path / "out", fails=True)  # no guess
+    write_table(folder / "a.csv", [("cat/0.jpg", "from a table", "")])
+    assert packed(folder)[0] == [(0, ["from a table"])]
+    write_table(folder / "b.csv", [("cat/0.jpg", "from another", "")])
+    assert "2 tables" in run("pack", "set", "--root", tmp_path, "--out", "out", fails=True)
+    found, _ = packed(folder / "a.csv", "set/b.csv", "--root", tmp_path)
+    assert found == [(0, ["from a table"]), (0, ["from another"])]
+    write_shard(folder / "train/0.tar", [("0.jpg", picture(7)), ("0.txt", b"from shards")])
+    assert packed("set", "--root", tmp_path)[0] == [(7, ["from shards"])]
+    assert "nowhere" in run("pack", "nowhere", "--out", tmp_path / "out", fails=True)
+
+
+def test_class_folders(tmp_path, packed, run):
+    draw_pictures(tmp_path / "set/n01", range(30, 50))
+    draw_pictures(tmp_path / "set/grey_cat", range(20))
+    (tmp_path / "set/words.txt").write_text("n01\ttench, Tinca tinca\nn02\tshark\n")
+    (tmp_path / "set/templates.txt").write_text("a {}\nmany {}\n")
+    found, _ = packed("set", "--root", tmp_path, "--classes", "--shard-size", 10)
+    tench = ["a tench", "many tench", "a Tinca tinca", "many Tinca tinca"]
+    assert sorted(found) == [*((i, ["a grey cat", "many grey cat"]) for i in range(20)),
+                             *((i, tench) for i in range(30, 50))]
+    for first in range(0, 40, 10):  # each shard mixes the classes
+        assert 1 < sum(captions == tench for _, captions in found[first:first + 10]) < 9
+    (tmp_path / "set/templates.txt").write_text("one {}\n")  # other captions: another source
+    answer = run("pack", tmp_path / "set", "--classes", "--out", tmp_path / "packed0", fails=True)
+    assert "another --out" in answer
+    table = write_table(tmp_path / "t.csv", [("set/n01/31.jpg", "red_fox")], ("path", "class"))
+    assert packed(table)[0] == [(31, [text.format("red fox") for text in data.TEMPLATES])]
+
+
+def test_coco_captions(tmp_path, packed):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "annotations").symlink_to(tmp_path / "far")  # a link: train2017/ is next to it
+    draw_pictures(tmp_path / "train2017", range(3))
+    images = [dict(id=10 * i, file_name=f"{i}.jpg") for i in range(3)]
+    captions = [[f"caption {k} of {i}" for k in range(i)] for i in range(3)]  # picture 0 has none
+    annotations = [dict(image_id=10 * i, caption=text) for i in range(3) for text in captions[i]]
+    table = tmp_path / "annotations/captions_train2017.json"
+    table.write_text(json.dumps(dict(info={}, images=images, annotations=annotations)))
+    assert packed(table)[0] == [(i, captions[i]) for i in (1, 2)]
+
+
+@pytest.fixture
+def yfcc100m(tmp_path):
+    """SLIP's layout: images/12/345.zip with 678.jpg.  -> folder, {line number: width - 10}"""
+    numbers = {0: 0, 345_999: 1, 12_345_678: 2, 12_345_679: 3, 99_999_001: 4}
+    for number, i in numbers.items():
+        outer, _, member = readers.yfcc_zip(number).partition(".zip/")
+        path = tmp_path / f"{outer}.zip"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED if i % 2 else 0) as file:
+            file.writestr(member, picture(i))
+    assert readers.yfcc_zip(12_345_678) == "images/12/345.zip/678.jpg"
+    return tmp_path, numbers
+
+
+def test_slips_pickle_and_zips(yfcc100m, packed):
+    folder, numbers = yfcc100m
+    (folder / "images/50").mkdir()
+    (folder / "images/50/000.zip").write_bytes(b"cut off")
+    records = [(n, f"title {i}", "" if i == 3 else f"words {i}") for n, i in numbers.items()]
+    extra = [(60_000_000, "no such zip", ""), (1, "not in it", ""), (50_000_000, "no zip", "")]
+    (folder / "yfcc15m.pkl").write_bytes(pickle.dumps([*records, *extra]))
+    found, printed = packed(folder)
+    assert found == [(i, [f"title {i}", f"words {i}"][:1 if i == 3 else 2]) for i in range(5)]
+    assert "left out 3" in printed and "001.jpg" in printed and "50/000.zip" in printed
+
+
+def test_slips_npy(tmp_path, packed):
+    draw_pictures(tmp_path, range(2))
+    records = [dict(image_id="0.jpg", captions=["a"]),                      # cc3m.npy
+               dict(image_id=7, image_name="1.jpg", captions=["b", "c"])]   # cc12m.npy
+    np.save(tmp_path / "cc.npy", np.array(records))
+    assert packed(tmp_path / "cc.npy")[0] == [(0, ["a"]), (1, ["b", "c"])]
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_pickle_does_not_run(tmp_path, run):
+    bad = [(1, "title", Malice(tmp_path / "ran"))]
+    (tmp_path / "yfcc15m.pkl").write_bytes(pickle.dumps(bad))
+    np.save(tmp_path / "cc3m.npy", np.array([dict(image_id="x", captions=bad)]), allow_pickle=True)
+    for name in ("yfcc15m.pkl", "cc3m.npy"):
+        assert "system" in run("pack", tmp_path / name, "--out", tmp_path / "out", fails=True)
+    assert not (tmp_path / "ran").exists()
+    np.load(tmp_path / "cc3m.npy", allow_pickle=True)  # a file that would have run
+    assert (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- pack
+
+def test_pack_resizes_and_keeps_bytes_and_resumes(tmp_path, run):
+    array = np.full((300, 100, 3), 200, np.uint8)
+    array[:, ::3] //= 3
+    write_shard(tmp_path / "in/0.tar", [*members([0], "png", picture_bytes(array)),
+                                        *members(range(1, 5)), *members([5], "jpg", TRUNCATED)])
+    out = tmp_path / "out"
+    command = ("pack", tmp_path / "in", "--out", out, "--shard-size", 2, "--size", 64)
+    printed = run(*command)
+    assert "packed 5 pairs" in printed and "0.tar at" in printed
+    pairs = data.Pairs([str(out)])
+    assert [data.decode(pairs[i][0]).width - 10 for i in range(5)] == [54, 1, 2, 3, 4]
+    assert pairs[1][0] == picture(1)  # small enough: its bytes stay
+    exact = Image.fromarray(array).resize((64, 192), Image.BICUBIC)
+    difference = np.array(data.decode(pairs[0][0])).astype(int) - np.array(exact)
+    assert np.abs(difference).mean() < 3  # once through JPEG
+
+    paths = shards.find_shards(out)
+    before = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    assert "kept 2 shards" in run(*command)
+    assert [path.read_bytes() for path in shards.find_shards(out)] == before
+    assert "another --out" in run(*command[:-1], 32, fails=True)
+    write_shard(tmp_path / "in/1.tar", members(range(2)))
+    assert "another --out" in run(*command, fails=True)
+    assert "not empty" in run("pack", tmp_path / "in", "--out", tmp_path / "in", fails=True)
+
+
+@pytest.mark.slow
+def test_a_pack_that_is_interrupted_resumes(tmp_path, run, capfd):
+    large = picture_bytes("red", (1200, 1200))  # a small file, and some 20 ms to resize
+    write_shard(tmp_path / "in/0.tar", members(range(160), "png", large))
+    out = tmp_path / "out"
+    command = ("pack", tmp_path / "in", "--out", out, "--size", 20, "--shard-size", 4)
+    process = multiprocessing.get_context("fork").Process(target=_run_apart, args=(command,))
+    process.start()
+    while not shards.find_shards(out):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+    process.join(30)
+    assert "resumes" in data.Pairs([str(out)]).warnings[0]
+    error = capfd.readouterr().err
+    assert process.exitcode == 1 and "command resumes" in error and "Traceback" not in error
+    times = {path: path.stat().st_mtime_ns for path in shards.find_shards(out)}
+    (out / "00039.tar.partial-0").touch()  # as a run that is killed leaves it
+    run(*command)
+    assert len(contents(out)) == 160 and not list(out.glob("*partial*"))
+    assert all(path.stat().st_mtime_ns == changed for path, changed in times.items())
+
+
+def _run_apart(arguments):
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # other tests may have changed it
+    prepare.main(list(map(str, arguments)))
+
+
+# ---------------------------------------------------------------- check, show, stats, yfcc
+
+def test_check_names_what_is_bad(tmp_path, run):
+    write_shard(tmp_path / "a/0.tar", members(range(2)))
+    assert "0 of 2 pairs are bad" in run("check", tmp_path / "a")
+    bad = [*members("x", content=TRUNCATED), ("y.jpg", picture(0)), ("y.txt", b" ")]
+    write_shard(tmp_path / "b/0.tar", [*bad, *members(range(2))])
+    printed = run("check", tmp_path / "a", tmp_path / "b", fails=True)
+    assert "2 of 6 pairs are bad" in printed and "truncated" in printed and "a/0.tar" not in printed
+    assert printed.count("b/0.tar at byte") == 2
+    os.truncate(tmp_path / "a/0.tar", 3000)  # cut off
+    assert "warning" in run("check", tmp_path / "a", fails=True)
+
+
+def test_show_and_stats(tmp_path, run):
+    write_shard(tmp_path / "0.tar", [*members(range(9)), *members("x", content=b"spoilt")])
+    run("show", tmp_path, "--out", tmp_path / "sheet.png")
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    tiles = sheet.reshape(4, 294, 6, 232, 3).swapaxes(1, 2).reshape(24, 294, 232, 3)
+    drawn = [(np.abs(tile[6:226, 6:226] - (90, 30, 200)).max(-1) < 12).all() for tile in tiles]
+    assert 12 <= sum(drawn) < 24  # a tenth is spoilt
+    printed = run("stats", tmp_path)
+    assert "10 pairs in 1 shards" in printed and "caption: median 2, 95 % 2, most 2" in printed
+    assert "shorter side: median 14, 95 % 18, most 18" in printed
+
+
+def test_yfcc_cleans_captions_as_slip(yfcc100m, run, packed):
+    """Lines of the true form, 25 columns; made-up values, URL-quoted as Flickr's."""
+    folder, numbers = yfcc100m
+    cases = {0: ("Old+boat%2C+%3Cb%3ELake%3C%2Fb%3E", "a+http%3A%2F%2Fx.org%2Fa+or+www.y.org+b",
+                 ["Old boat, Lake", "a or b"]),
+             345_999: ("%3Ca+href%3D%22http%3A%2F%2Fx.org%22%3Etext%3C%2Fa%3E", "", ["text"]),
+             12_345_678: ("http%3A%2F%2Fonly.a%2Furl", "%3Ci%3E%3C%2Fi%3E", []),
+             12_345_679: ("tab%09and%0Aline", "1%2B1 caf%C3%A9", ["tab and line", "1 1 café"]),
+             99_999_001: ("DSC_0001", "", ["DSC_0001"])}
+    lines = []
+    for number, (title, description, _) in (cases | {7: ("not in the list", "", [])}).items():
+        cells = [str(number), str(10 ** 9 + number), f"{number:032x}", *["x"] * 22]
+        cells[8:10] = title, description
+        cells[16] = f"http://farm1.staticflickr.com/{number}.jpg"
+        lines.append("\t".join(cells) + "\n")
+    table = folder / "dataset.txt"
+    table.write_text("".join(lines))
+    subset = folder / "subset.txt"
+    subset.write_text("".join(f"{number}\t1\t2\n" for number in cases))
+    out = folder / "yfcc15m.tsv"
+    assert "4 of 5 pictures" in run("yfcc", subset, table, "--out", out)
+    assert packed(folder)[0] == [(numbers[n], case[2]) for n, case in cases.items() if case[2]]
+    assert "http://farm1.staticflickr.com/345999.jpg" in out.read_text()
+
+    zipped = folder / "dataset.txt.bz2"
+    zipped.write_bytes(bz2.compress(table.read_bytes()))
+    run("yfcc", subset, zipped, "--hashed", "--out", folder / "hashed.tsv")
+    first = (folder / "hashed.tsv").read_text("utf-8").splitlines()[1]
+    assert first.startswith(f"000/000/{0:032x}.jpg\thttp")
+
+    zipped.write_bytes(zipped.read_bytes()[:-20])  # cut off
+    older = folder / "older.txt"
+    older.write_text("6985418911\tx\n")  # an older table's photo identifier
+    for arguments, word in (((subset, zipped), "ended"), ((older, table), "number")):
+        assert word in run("yfcc", *arguments, "--out", folder / "no.tsv", fails=True)
+    assert not (folder / "no.tsv").exists()
+
+
+@pytest.mark.parametrize("arguments,word", [
+    (["pack", "X", "--out", "O", "--shard-size", "0"], "--shard-size"), (["pack", "X"], "--out"),
+    (["stats", "X"], "'X'"), (["mend"], "mend")])
+def test_bad_input_is_answered_by_one_sentence(arguments, word, run, tmp_path):
+    assert word in run(*arguments, *["--root", tmp_path] * (arguments[0] != "mend"), fails=True)

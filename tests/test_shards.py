@@ -1,0 +1,166 @@
+"""Shards are read as webdataset's, their index is rebuilt when they change, damage is named."""
+import json
+import os
+import pickle
+import tarfile
+
+import pytest
+from helpers import picture_bytes, write_shard
+
+from support import shards
+
+PICTURE = picture_bytes()
+
+
+def members(numbers, text="text"):
+    """A pair for each number: its bytes and its caption end in the number."""
+    for i in numbers:
+        yield f"{i}.png", PICTURE + str(i).encode()
+        yield f"{i}.txt", f"{text} {i}".encode()
+
+
+def open_all(folder):
+    return shards.Shards(folder, [path.name for path in shards.find_shards(folder)])
+
+
+def numbers_of(opened):
+    """The number of each pair, read from its picture and its caption."""
+    read = [opened.read(i) for i in range(len(opened))]
+    numbers = [int(captions[0].split()[-1]) for _, captions in read]
+    assert [content for content, _ in read] == [PICTURE + str(n).encode() for n in numbers]
+    return numbers
+
+
+def test_texts_and_json_are_read_and_what_has_no_partner_is_counted(tmp_path):
+    fields = dict(caption="two", title=" ", description="no title", url="http://x", width=3)
+    write_shard(tmp_path / "0.tar", [
+        ("a.jpg", b"A"), ("a.txt", b"one"), ("a.json", b'{"text": "1"}'), ("dir/b.PNG", b"B"),
+        ("dir/b.json", json.dumps(fields).encode()), ("c.webp", b"C"), ("c.json", b"{}"),
+        ("c.txt", b" three \n"), ("d.jpeg", b"D"), ("d.json", b'{"captions": ["4", "four"]}'),
+        ("lonely.jpg", b"E"), ("e.cls", b"1")])
+    opened = open_all(tmp_path)
+    assert [opened.read(i) for i in range(len(opened))] == [
+        (b"A", ["one"]), (b"B", ["two", "no title"]), (b"C", ["three"]), (b"D", ["4", "four"])]
+    assert len(opened.warnings) == 1 and "1 pictures or captions" in opened.warnings[0]
+    assert "0.tar at byte" in opened.name(2)
+
+
+@pytest.mark.peers
+def test_webdatasets_shards_are_read(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    with wds.TarWriter(str(tmp_path / "0.tar")) as writer:  # img2dataset's writer
+        for i in range(5):
+            writer.write({"__key__": f"{i:09d}", "png": PICTURE + str(i).encode(),
+                          "txt": f"text {i}", "json": dict(caption="other", status="success")})
+    assert numbers_of(open_all(tmp_path)) == list(range(5))
+
+
+@pytest.mark.parametrize("text", [b"{}", b'["caption"]', b"{", b'{"caption": " ", "title": 7}'])
+def test_a_record_without_a_caption_is_a_bad_pair(tmp_path, text):
+    write_shard(tmp_path / "0.tar", [("0.png", PICTURE), ("0.json", text)])
+    with pytest.raises(ValueError):
+        open_all(tmp_path).read(0)
+
+
+def test_some_shards_of_a_folder_in_any_order(tmp_path):
+    for i in range(4):
+        write_shard(tmp_path / f"{i}.tar", members(range(3 * i, 3 * i + 3 - i % 2)))
+    names = ["3.tar", "2.tar", "3.tar"]
+    some = shards.Shards(tmp_path, names)
+    assert some.sizes.tolist() == [2, 3, 2]
+    assert numbers_of(some) == [9, 10, 6, 7, 8, 9, 10]
+    assert some.fingerprint == shards.Shards(tmp_path, names).fingerprint
+    assert some.fingerprint != shards.Shards(tmp_path, sorted(names)).fingerprint
+
+
+def test_the_index_is_kept_until_a_shard_changes_or_it_is_damaged(tmp_path):
+    for i in range(3):
+        write_shard(tmp_path / f"{i}.tar", members(range(4 * i, 4 * i + 4)))
+    index = shards.index_path(tmp_path)
+    first = open_all(tmp_path)
+    written = index.stat().st_ino, index.stat().st_mtime_ns
+    assert open_all(tmp_path).fingerprint == first.fingerprint
+    assert (index.stat().st_ino, index.stat().st_mtime_ns) == written
+    write_shard(tmp_path / "1.tar", members(range(20, 25)))
+    write_shard(tmp_path / "3.tar", members(range(30, 32)))
+    (tmp_path / "0.tar").unlink()
+    changed = [20, 21, 22, 23, 24, 8, 9, 10, 11, 30, 31]
+    assert numbers_of(open_all(tmp_path)) == changed
+    assert open_all(tmp_path).fingerprint != first.fingerprint
+    complete = index.read_bytes()
+    for spoilt in (b"", complete[:5], complete[:-9], b"{}\n"):
+        index.write_bytes(spoilt)
+        assert numbers_of(open_all(tmp_path)) == changed
+        assert index.read_bytes() == complete
+
+
+def test_a_read_only_folder_is_indexed_in_the_users_cache(tmp_path, monkeypatch):
+    for name in ("plain", "delivered"):
+        write_shard(tmp_path / name / "0.tar", members(range(3)))
+    open_all(tmp_path / "delivered")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # The tests may run as root, whom no permission stops.
+    monkeypatch.setattr(shards.os, "access", lambda path, mode: False)
+    for name in ("plain", "delivered"):
+        assert numbers_of(open_all(tmp_path / name)) == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["0.tar"]
+    cached = list((tmp_path / "cache/maskclip").iterdir())
+    assert cached == [shards.index_path(tmp_path / "plain")]  # the other folder has its index
+
+
+def test_processes_that_start_afresh_map_the_index(tmp_path):
+    write_shard(tmp_path / "0.tar", members(range(200)))
+    content = pickle.dumps(open_all(tmp_path))
+    assert len(content) < 2000 and numbers_of(pickle.loads(content)) == list(range(200))
+
+
+@pytest.mark.parametrize("end", ["in a picture", "between members", "in a header"])
+def test_a_shard_that_ends_early_gives_the_pairs_before(tmp_path, end):
+    path = write_shard(tmp_path / "0.tar", members(range(6)))
+    assert open_all(tmp_path).warnings == []
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[6].offset
+    length = {"in a picture": 520, "between members": 0, "in a header": 100}[end]
+    path.write_bytes(content[:offset + length])
+    for _ in range(2):  # from the tar, then from the index
+        opened = open_all(tmp_path)
+        assert numbers_of(opened) == [0, 1, 2]
+        assert len(opened.warnings) == 1 and "0.tar is damaged" in opened.warnings[0]
+
+
+def test_a_folder_that_is_not_packed_to_the_end_is_named(tmp_path):
+    write_shard(tmp_path / "0.tar", members(range(2)))
+    for done in (False, True):
+        (tmp_path / "pack.json").write_text(json.dumps(dict(size=0, done=done)))
+        assert bool(open_all(tmp_path).warnings) == (not done)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+def test_many_shards_do_not_use_up_the_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_FILES", 3)
+    for i in range(8):
+        write_shard(tmp_path / f"{i}.tar", members([i]))
+    opened = open_all(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert numbers_of(opened) == list(range(8))
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def _end(i):
+    if i == 1:
+        os.kill(os.getpid(), 9)
+    return i
+
+
+def test_a_process_that_is_killed_is_an_error_and_not_a_wait(tmp_path):
+    assert list(shards.in_parallel(str, [2, 0])) == ["2", "0"]
+    with pytest.raises(OSError, match="killed"):
+        list(shards.in_parallel(_end, range(3)))
+
+
+def test_a_file_that_is_not_complete_does_not_take_its_name(tmp_path):
+    with pytest.raises(ZeroDivisionError), shards.atomic_write(tmp_path / "a") as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,322 @@
+"""Other projects' weights give the features that their own code gives; no code in a file runs."""
+import argparse
+import importlib.util
+import json
+import pickle
+import sys
+import zipfile
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from helpers import SMALL
+
+import model as models
+from data import IMAGENET_MEAN, IMAGENET_STD, normalize
+from evaluate import load_model, zeroshot_classifier
+from support.weights import CLIP_MEAN, CLIP_STD, read_weights, take_weights
+from tokenizer import Tokenizer
+
+PIXELS = torch.randint(256, (2, 224, 224, 3), dtype=torch.uint8,
+                       generator=torch.Generator().manual_seed(0))
+TEXTS = ["a dog", "two teddy bears in the snow, seen from afar"]
+
+
+def shaken(module):
+    """Random weights, also where they start as 0 or 1: a bias that is lost would not show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+    return module.eval()
+
+
+def equal_features(path, image, text, tokens):
+    """load_model(path) gives these features of PIXELS and TEXTS.  -> model, tokenizer"""
+    model, tokenizer = load_model(path)
+    ids = tokenizer(TEXTS, 77)
+    assert torch.equal(ids, tokens[:, :ids.size(1)])
+    with torch.no_grad():
+        assert image.std() > 0.01
+        assert torch.allclose(model.encode_image(normalize(PIXELS)), image, atol=1e-4)
+        assert torch.allclose(model.encode_text(ids), text, atol=1e-4)
+    return model, tokenizer
+
+
+def small_clip(**vision):
+    """open_clip's CLIP with a small text tower and QuickGELU; its numbers fit half precision."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = dict(image_size=224, patch_size=32, width=128, layers=2) | vision
+    text = open_clip.CLIPTextCfg(width=64, heads=1, layers=2)
+    model = shaken(open_clip.CLIP(32, open_clip.CLIPVisionCfg(**vision), text, quick_gelu=True))
+    for p in model.parameters():
+        p.data = p.data.half().float()
+    return model
+
+
+def features_of(clip):
+    """-> open_clip's features of PIXELS and TEXTS, and tokens"""
+    tokens = Tokenizer.clip()(TEXTS)
+    tokens = torch.nn.functional.pad(tokens, (0, 77 - tokens.size(1)))
+    with torch.no_grad():
+        image = clip.encode_image(normalize(PIXELS, CLIP_MEAN, CLIP_STD))
+        return image, clip.encode_text(tokens), tokens
+
+
+# ---------------------------------------------------------------- other projects' features
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu"])
+def test_open_clip_s_weights(name, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = shaken(open_clip.create_model(name))
+    image, text, _ = features_of(theirs)
+    quick = "quickgelu" in name
+    if quick:  # the folder says what the file does not
+        path = tmp_path
+        safetensors.save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+        view = dict(mean=CLIP_MEAN, std=CLIP_STD, interpolation="bilinear")
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(
+            model_cfg=open_clip.get_model_config(name), preprocess_cfg=view)))
+    else:
+        path = tmp_path / "weights.pt"
+        state = {f"module.{key}": x for key, x in theirs.state_dict().items()}
+        torch.save(dict(state_dict=state, epoch=3), path)
+    model, tokenizer = equal_features(path, image, text, open_clip.get_tokenizer(name)(TEXTS))
+    assert model.config.method == "clip"
+    assert model.config.interpolation == ("bilinear" if quick else "bicubic")
+    assert len(model.notes) == (0 if quick else 1)
+    classes = ["dog", "pink primrose", "F-16A/B"]
+    templates = ["a photo of a {}.", "art of the {}."]
+    classifier = zeroshot_classifier(model, tokenizer, classes, templates)
+    reference = open_clip.build_zero_shot_classifier(
+        theirs, open_clip.get_tokenizer(name), classes,
+        [lambda name, template=template: template.replace("{}", name) for template in templates], 2)
+    assert torch.allclose(classifier, reference.T, atol=1e-5)
+
+
+@pytest.mark.peers
+def test_open_clip_s_model_with_timm_s_tower(tmp_path):
+    vision = dict(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear")
+    theirs = small_clip(**vision)
+    torch.save(theirs.state_dict() | dict(input_resolution=torch.tensor(224)), tmp_path / "a.pt")
+    model, _ = equal_features(tmp_path / "a.pt", *features_of(theirs))
+    assert model.config.heads == 3 and model.config.quick_gelu == (False, True)
+
+
+@pytest.mark.peers
+def test_openai_s_download_is_read_without_running_its_program(tmp_path):
+    """A TorchScript archive of OpenAI's model in half precision, and its state dict."""
+    theirs = small_clip()
+    image, text, tokens = features_of(theirs)
+    half = PIXELS.movedim(-1, 1).half()
+    traced = torch.jit.trace(theirs.half(), (half, tokens), check_trace=False)
+    traced.save(tmp_path / "ViT-B-32.pt")
+    state = dict(traced.state_dict()) | {"input_resolution": torch.tensor(224)}
+    torch.save(state, tmp_path / "state.pt")
+    for name in ("ViT-B-32.pt", "state.pt"):
+        model, _ = equal_features(tmp_path / name, image, text, tokens)
+        assert model.config.quick_gelu == (True, True) and not model.notes
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("act,form", [("quick_gelu", "folder"), ("gelu", "bin"),
+                                      ("quick_gelu", "file")])
+def test_hugging_face_s_clip(act, form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    width = 128 if form == "file" else 96  # a file alone: heads of 64
+    vision = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+                  num_attention_heads=2 if form == "file" else 3, patch_size=32, hidden_act=act)
+    text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1,
+                hidden_act=act)
+    theirs = shaken(transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=vision, text_config=text, projection_dim=48)))
+    mean, std = CLIP_MEAN, CLIP_STD
+    path = tmp_path
+    theirs.save_pretrained(tmp_path)
+    if form == "bin":
+        mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+            dict(image_mean=mean, image_std=std, resample=2)))  # 2 is Pillow's bilinear
+    if form == "file":
+        path = (tmp_path / "model.safetensors").rename(tmp_path / "clip.safetensors")
+    tokens = Tokenizer.clip()(TEXTS)
+    with torch.no_grad():
+        pooled = theirs.vision_model(normalize(PIXELS, mean, std)).pooler_output
+        hidden = theirs.text_model(tokens).last_hidden_state
+        ends = hidden[torch.arange(2), (tokens == 49407).int().argmax(1)]
+        model, _ = equal_features(path, theirs.visual_projection(pooled),
+                                  theirs.text_projection(ends), tokens)
+    assert len(model.notes) == (1 if form == "file" else 0)
+    assert model.config.interpolation == ("bilinear" if form == "bin" else "bicubic")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("method", ["clip", "slip", "simclr"])
+def test_slip_s_released_files(method, tmp_path):
+    """Keys and contents as SLIP's main.py saves them, an argparse.Namespace among these."""
+    timm = pytest.importorskip("timm")
+    words = small_clip()
+    _, text, tokens = features_of(words)
+    visual = shaken(timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0,
+                                      depth=2))
+    projection = torch.randn(384, 32, generator=torch.Generator().manual_seed(1)) * 384 ** -0.5
+    state = {f"module.visual.{name}": x for name, x in visual.state_dict().items()}
+    if method != "simclr":
+        state |= {f"module.{name}": x for name, x in words.state_dict().items()
+                  if not name.startswith("visual.")}
+        state["module.image_projection"] = projection
+    if method != "clip":
+        state["module.image_mlp.layer1.weight"] = torch.zeros(4, 384)
+    torch.save(dict(epoch=25, state_dict=state, best_acc1=42.8, args=argparse.Namespace(lr=3e-3)),
+               tmp_path / "slip.pt")
+    with torch.no_grad():
+        features = visual(normalize(PIXELS))
+        if method == "simclr":
+            model, tokenizer = load_model(tmp_path / "slip.pt")
+            assert tokenizer is None
+            assert torch.allclose(model.visual(normalize(PIXELS))[:, 0], features, atol=1e-4)
+        else:
+            model, _ = equal_features(tmp_path / "slip.pt", features @ projection, text, tokens)
+    config = model.config
+    assert (config.method, config.interpolation, config.heads) == (method, "bilinear", 12)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("form", ["mae", "timm", "beit"])
+def test_vits_of_timm_mae_and_beit(form, tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = shaken(timm.create_model("vit_base_patch16_224", depth=2))
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    path = tmp_path / "weights.pth"
+    if form == "timm":
+        mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        path = tmp_path
+        pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(),
+                                                           tmp_path / "model.safetensors")
+        view = dict(mean=mean, std=std, interpolation="bilinear")
+        (tmp_path / "config.json").write_text(json.dumps(dict(pretrained_cfg=view)))
+    elif form == "mae":
+        decoder = {"mask_token": torch.zeros(1), "decoder_embed.weight": torch.zeros(1)}
+        torch.save(dict(model=theirs.state_dict() | decoder, args=argparse.Namespace(lr=1)), path)
+    else:
+        for block in theirs.blocks:
+            block.attn.qkv.bias.data[768:1536] = 0
+        state = {}
+        for name, x in theirs.state_dict().items():
+            if name.endswith("attn.qkv.bias"):
+                state[name.replace("qkv.bias", "q_bias")], _, v_bias = x.chunk(3)
+                state[name.replace("qkv.bias", "v_bias")] = v_bias
+            else:
+                state[name] = x
+        torch.save(dict(model=state), path)
+    model, tokenizer = load_model(path)
+    assert tokenizer is None and model.config.method == ("mae" if form == "mae" else "vit")
+    assert model.config.interpolation == ("bilinear" if form == "timm" else "bicubic")
+    with torch.no_grad():
+        expected = theirs.forward_features(normalize(PIXELS, mean, std))
+        assert torch.allclose(model.visual(normalize(PIXELS)), expected, atol=1e-4)
+
+
+# ---------------------------------------------------------------- our checkpoints
+
+def test_our_checkpoints(tmp_path):
+    """One of train.py, one of downstream/ without a tokenizer; --init takes them."""
+    config = replace(SMALL, method="clip")
+    model = models.build(config)
+    facts = dict(model=model.state_dict(), model_config=asdict(config), made_by=[dict(commit="a")])
+    torch.save(facts | dict(tokenizer=["a b", "ab c"]), tmp_path / "last.pt")
+    weights = read_weights(tmp_path / "last.pt")
+    assert (weights["config"], weights["tokenizer"]) == (config, ["a b", "ab c"])
+    assert not weights["notes"]
+    assert all(torch.equal(x, weights["model"][name]) for name, x in facts["model"].items())
+    other = models.build(replace(config, method="clip_mae"))
+    note = take_weights(other, weights, "--init last.pt")
+    assert torch.equal(other.visual.cls_token, model.visual.cls_token) and "fresh" in note
+    with pytest.raises(ValueError, match="blocks"):
+        take_weights(models.build(replace(config, depth=3)), weights, "--init last.pt")
+    with pytest.raises(ValueError, match="cls_token"):
+        take_weights(models.build(replace(config, width=64)), weights, "--init last.pt")
+
+    head = {"head.weight": torch.zeros(3, config.width)}
+    torch.save(facts | dict(model=facts["model"] | head, classes=list("abc")), tmp_path / "last.pt")
+    weights = read_weights(tmp_path / "last.pt")
+    assert weights["config"].method == "vit" and "tokenizer" not in weights
+    assert "head" in weights["notes"][0]
+    assert all(name.startswith("visual.") for name in weights["model"])
+
+
+# ---------------------------------------------------------------- files that are wrong
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_a_program_is_not_run(tmp_path, capfd):
+    path = tmp_path / "program.pt"
+    call = b"system\n(S'echo this must not run'\ntR."
+    for pickled in (pickle.dumps(Evil()), b"c__torch__.os\n" + call, b"cos\n" + call, b"", b"no"):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("x/data.pkl", pickled)
+            file.writestr("x/constants.pkl", b"")
+        with pytest.raises(ValueError, match="program.pt (is no|would run)"):
+            read_weights(path)
+    torch.save(dict(state_dict=dict(x=torch.ones(1)), args=Evil()), path)
+    with pytest.raises(ValueError, match="would run"):
+        read_weights(path)
+    assert "this must not run" not in capfd.readouterr().out
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    """Absent, damaged, and without the package."""
+    path = tmp_path / "x.safetensors"
+    if importlib.util.find_spec("safetensors"):
+        with pytest.raises(FileNotFoundError, match="x.safetensors"):
+            read_weights(path)
+        path.write_bytes(b"\2\0\0\0\0\0\0\0[]")
+        with pytest.raises(ValueError, match="x.safetensors"):
+            read_weights(path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        read_weights(path)
+
+
+VIT = {"blocks.0.attn.qkv.weight": torch.zeros(1), "cls_token": torch.zeros(1, 1, 64),
+       "norm.weight": torch.zeros(64),
+       "patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}
+CLIP = {"visual.conv1.weight": torch.zeros(64, 3, 8, 8), "visual.class_embedding": torch.zeros(64),
+        "visual.positional_embedding": torch.zeros(17, 64), "visual.proj": torch.zeros(64, 32),
+        "token_embedding.weight": torch.zeros(100, 64), "ln_final.weight": torch.zeros(64),
+        "positional_embedding": torch.zeros(77, 64), "text_projection": torch.zeros(64, 32),
+        "logit_scale": torch.ones(())}
+
+
+@pytest.mark.parametrize("state", [
+    dict(weights=torch.ones(1)), VIT,
+    VIT | {"blocks.0.gamma_1": torch.zeros(1)},                        # BEiT's layer scale
+    CLIP,                                                              # a vocabulary of 100
+    VIT | {"pos_embed": torch.zeros(1, 16, 64)},                       # no square and a class token
+    {"vision_model.embeddings.class_embedding": torch.zeros(1)},
+    dict(model_config=dict(odd=1), model={}), 7, b"", b"no checkpoint",
+    b"x" * 46 + b"PK\5\6\0\0\0\0\1\0\1\0\x2e" + bytes(9)])  # the end of a damaged zip
+def test_a_state_that_is_wrong(state, tmp_path):
+    torch.save(state, tmp_path / "odd.pt")
+    if isinstance(state, bytes):
+        (tmp_path / "odd.pt").write_bytes(state)
+    with pytest.raises(ValueError, match="odd.pt"):
+        read_weights(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"pretrained_cfg": {"mean": "x"}}'])
+def test_settings_that_are_wrong(content, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        read_weights(tmp_path)
+    torch.save(VIT | {"pos_embed": torch.zeros(1, 5, 64)}, tmp_path / "pytorch_model.bin")
+    assert read_weights(tmp_path)["config"].grid == 2
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        read_weights(tmp_path)

@@ -1,0 +1,320 @@
+"""Pictures of a model and of its runs: word maps, masks, codewords, neighbours, curves, a report.
+
+A word map shows how similar each patch is to a word, as the paper's figure does.  The colours are
+matplotlib's viridis, and those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+
+    python tools/plots.py heatmap picture.png "a red star above a blue circle"
+    python tools/plots.py codewords picture.png          # also: masks picture.png, neighbours demo
+    python tools/plots.py report runs/demo-maskclip runs/demo-clip --out report.html
+"""
+import argparse
+import base64
+import io
+import itertools
+import json
+import math
+import os
+import sys
+import textwrap
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import evaluate
+import model as models
+from support import testsets
+from support.checkpoints import load_checkpoint
+from support.results import file_sha256, read_results, table
+from support.runtime import run_program, sentence_of
+from support.shards import atomic_write
+
+VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+SIDE = 224      # of a picture on a sheet (our choice: 7, 8 and 14 patches divide it)
+COLUMNS = 6     # of a sheet (our choice: what a screen holds)
+STOP_WORDS = set("a an the and or of in on at to with by is are there left right above below "
+                 "picture".split())  # they name nothing in a picture
+
+
+def sheet(title, rows):
+    """A title and rows -> picture.  A row: a text, or [(caption, SIDE x SIDE picture)]."""
+    lines = [title]
+    for row in rows:
+        if isinstance(row, str):
+            lines += textwrap.wrap(row, 150)
+        else:
+            lines += [row[i:i + COLUMNS] for i in range(0, len(row), COLUMNS)]
+    heights = [24 if isinstance(line, str) else SIDE + 32 for line in lines]
+    image = Image.new("RGB", (COLUMNS * (SIDE + 8), sum(heights)), "white")
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(16)
+    top = 0
+    for line, height in zip(lines, heights, strict=True):
+        if isinstance(line, str):
+            pen.text((0, top), line, "black", font)
+        else:
+            for i, (caption, picture) in enumerate(line):
+                left = i * (SIDE + 8)
+                image.paste(picture, (left, top))
+                pen.text((left, top + SIDE + 4), caption[:26], "black", font)
+        top += height
+    return image
+
+
+def pixels(model, pictures):
+    """PIL pictures as the model sees them in an evaluation: (n, 3, H, W), normalised."""
+    view = evaluate.evaluation_view(model.config)
+    images = np.stack([np.array(view(picture)) for picture in pictures])
+    return data.normalize(torch.from_numpy(images).to(next(model.parameters()).device))
+
+
+def words_of(caption):
+    """The words of a caption that may name something in a picture, each once."""
+    words = [word.strip(".,;:!?\"'") for word in caption.lower().split()]
+    return [word for word in dict.fromkeys(words) if word and word not in STOP_WORDS]
+
+
+@torch.no_grad()
+def word_maps(model, tokenizer, picture, words):
+    """The similarity of each patch to each word -> (words, grid, grid) float32.
+
+    Less the word's mean over the picture (where is it?) and, of more than two words, less the
+    patch's mean over the words (which one is it?); of two, each would be the other's negative.
+    """
+    classifier = evaluate.zeroshot_classifier(model, tokenizer, words, ("{}", "a {}"))  # (words, E)
+    patches = model.encode_patches(pixels(model, [picture]))[0]                         # (N, E)
+    maps = classifier @ F.normalize(patches.float().cpu(), dim=1).T                     # (words, N)
+    if len(words) > 2:
+        maps = maps - maps.mean(0)
+    maps = maps - maps.mean(1, keepdim=True)
+    return maps.view(-1, model.config.grid, model.config.grid).numpy()
+
+
+def heatmap(model, tokenizer, named, caption):
+    """Word maps of a caption's words.  named: [(name, PIL picture)]"""
+    words = words_of(caption)
+    if not words:
+        raise ValueError(f"the caption {caption!r} has no word to look for in a picture")
+    rows = [caption]
+    for name, picture in named:
+        view = data.center_crop(picture, SIDE)
+        row = [(name, view)]
+        for word, values in zip(words, word_maps(model, tokenizer, picture, words), strict=True):
+            smooth = np.array(Image.fromarray(values).resize(view.size, Image.BICUBIC))
+            level = (smooth - values.min()) / (values.max() - values.min() + 1e-9)
+            level = level.clip(0, 1) * (len(VIRIDIS) - 1)
+            colours = [np.interp(level, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
+            colours = Image.fromarray(np.stack(colours, -1).astype(np.uint8))
+            row.append((word, Image.blend(view, colours, 0.7)))
+        rows.append(row)
+    return sheet("Where the words are: from blue (lowest of a map) to yellow (highest)", rows)
+
+
+def mask_sheet(named, state):
+    """What masks hide from the student.  named: [(name, picture)]; state: a checkpoint's dict."""
+    grid = models.ModelConfig(**state.get("model_config", {})).grid
+    ratio = state.get("config", {}).get("mask_ratio", 0.75)  # paper
+    rows = []
+    for i, (name, picture) in enumerate(named):
+        view = data.center_crop(picture, SIDE)
+        grey = Image.new("RGB", view.size, "#c8c8c8")
+        masks = {"block": data.block_mask((grid, grid), ratio, np.random.default_rng(i)),
+                 "random": data.random_mask(grid ** 2, ratio, np.random.default_rng(i))}
+        row = [(name, view)]
+        for kind, mask in masks.items():
+            hidden = Image.fromarray(mask.reshape(grid, grid)).resize(view.size, Image.NEAREST)
+            row.append((f"{kind} mask", Image.composite(grey, view, hidden)))
+        rows.append(row)
+    return sheet(f"Masks of {ratio:.0%} of {grid} x {grid} patches", rows)
+
+
+@torch.no_grad()
+def codeword_sheet(model, named):
+    """The student's most likely codeword of each patch.  named: [(name, PIL picture)]"""
+    if model.config.method != "maskclip":
+        raise ValueError(f"{model.config.method} has no codewords: give a checkpoint of MaskCLIP")
+    grid = model.config.grid
+    patches = model.visual(pixels(model, [picture for _, picture in named]))[:, 1:]     # (n, N, D)
+    ids = model.codewords(patches).argmax(-1).view(-1, grid, grid).cpu().numpy()
+    counts = np.bincount(ids.flatten(), minlength=model.config.codewords)
+    frequent = np.argsort(-counts, kind="stable")
+    colours = np.full((len(counts), 3), 200, np.uint8)
+    for codeword, colour in zip(frequent, OKABE_ITO, strict=False):
+        colours[codeword] = ImageColor.getrgb(colour)
+    row = []
+    for (name, picture), picture_ids in zip(named, ids, strict=True):
+        drawn = Image.fromarray(colours[picture_ids]).resize((SIDE, SIDE), Image.NEAREST)
+        row += [(name, data.center_crop(picture, SIDE)), ("its codewords", drawn)]
+    return sheet(f"Codewords: {np.count_nonzero(counts)} of {len(counts):,} occur here; the "
+                 f"{len(OKABE_ITO)} most frequent have colours, the others are grey", [row])
+
+
+def neighbour_sheet(model, tokenizer, folder):
+    """Five texts of a retrieval set, each with its picture and what is nearest to them.
+
+    The texts are spread evenly over the set, none is chosen.
+    """
+    paths, texts, picture_of_text = testsets.karpathy(folder)
+    images = F.normalize(evaluate.encode_images(model.encode_image, paths, model), dim=1)
+    sentences = evaluate.encode_texts(model, tokenizer, texts)
+    rows = []
+    for text in np.linspace(0, len(texts) - 1, 5).astype(int).tolist():
+        picture = picture_of_text[text]
+        scores = images @ sentences[text]
+        row = []
+        for i in [picture, *scores.argsort(descending=True)[:COLUMNS - 1].tolist()]:
+            view = data.center_crop(testsets.load_picture(paths[i]), SIDE)
+            row.append((f"{scores[i]:.2f}", view))
+        rows += [f"{texts[text]}: its picture, the nearest pictures, the texts nearest to it", row]
+        scores = sentences @ images[picture]
+        nearest = scores.argsort(descending=True)[:COLUMNS - 1].tolist()
+        rows += [f"{scores[i]:.2f}  {texts[i]}" for i in nearest]
+    return sheet(f"Nearest neighbours in {folder}, with cosine similarities", rows)
+
+# ---------------------------------------------------------------- curves and the report of runs
+
+def curves(logs):
+    """Each value that changes over the steps -> SVG.  logs: {run: records of its log.jsonl}"""
+    colours = dict(zip(logs, itertools.cycle(OKABE_ITO)))
+    records = [record for log in logs.values() for record in log]
+    last_step = max((record["step"] for record in records), default=0)
+    out = []
+    for i, run in enumerate(logs):
+        out.append(f'<text x="20" y="{18 + 16 * i}" fill="{colours[run]}">{escape(run)}</text>')
+    top = 16 * len(logs)
+    n_panels = 0
+    for name in dict.fromkeys(name for record in records for name in record):
+        lines = {run: [(record["step"], record[name]) for record in log
+                       if isinstance(record.get(name), (int, float))]
+                 for run, log in logs.items()}
+        values = {value for points in lines.values() for _, value in points}
+        if len(values) < 2 or name in ("step", "epoch"):
+            continue
+        low = min(values)
+        high = max(values)
+        out.append(f'<g transform="translate({n_panels % 3 * 380} {top + n_panels // 3 * 180})">'
+                   f'<text x="20" y="36">{name}, {low:.3g} to {high:.3g}, until step {last_step:,}'
+                   '</text><path d="M20 44V170H360" fill="none" stroke="#ccc"/>')
+        for run, points in lines.items():
+            path = [f"{20 + 340 * step / last_step:.1f},"
+                    f"{170 - 126 * (value - low) / (high - low):.1f}"
+                    for step, value in points[::len(points) // 1000 + 1]]  # no more than pixels
+            out.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{colours[run]}"/>')
+        out.append("</g>")
+        n_panels += 1
+    height = top + 180 * math.ceil(n_panels / 3)
+    return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+                      f'font-size="12" width="1140" viewBox="0 0 1140 {height}">', *out, "</svg>"])
+
+
+def pictures_of(folder, state, root):
+    """Word maps, masks and codewords of three test pictures of a run's data -> sheets."""
+    name = state["config"]["data"][0].partition(":")[0]
+    test_set = Path(name).parent / "val"  # of the shards in ANY/train
+    if not test_set.is_dir():
+        test_set = evaluate.find(name, root, "val")
+    paths, texts, picture_of_text = testsets.karpathy(test_set)
+    named = [(Path(path).name, testsets.load_picture(path)) for path in paths[:3]]
+    model, tokenizer = evaluate.load_model(Path(folder) / "last.pt")
+    sheets = []
+    if tokenizer:
+        for i, pair in enumerate(named):
+            caption = texts[picture_of_text.index(i)]
+            sheets.append(heatmap(model, tokenizer, [pair], caption))
+    if model.config.method == "maskclip":
+        sheets += [mask_sheet(named, state), codeword_sheet(model, named)]
+    return sheets
+
+
+def report(folders, path, root="data"):
+    """Write one HTML page on runs, next to one another, and curves.svg next to it.
+
+    Raises OSError or ValueError; pictures that cannot be drawn become a sentence on the page.
+    """
+    results = {}
+    logs = {}
+    methods = []
+    parts = []
+    for folder in map(str, folders):
+        last = Path(folder, "last.pt")
+        state = load_checkpoint(last)
+        sha256 = file_sha256(last)  # results of other weights are those of an earlier epoch
+        results[folder] = {record["task"]: record for record in read_results(folder)
+                           if record["sha256"] == sha256}
+        complete = Path(folder, "log.jsonl").read_text("utf-8").rpartition("\n")[0]
+        logs[folder] = [json.loads(line) for line in complete.splitlines()]
+        methods.append(state["model_config"]["method"])
+        settings = json.dumps([state["config"], state["made_by"][-1]], indent=1)
+        parts.append(f"<h2>{escape(folder)}</h2><pre>{escape(settings, False)}</pre>")
+        try:
+            for image in pictures_of(folder, state, root):
+                content = io.BytesIO()
+                image.save(content, "PNG")
+                code = base64.b64encode(content.getvalue()).decode()
+                parts.append(f'<img width="1140" src="data:image/png;base64,{code}" alt=""/>')
+        except (OSError, ValueError) as error:  # of the test pictures; the numbers are there
+            parts.append(f"<p>No pictures: {escape(sentence_of(error))}</p>")
+    scores = table(results, methods) or "Nothing is evaluated yet: see evaluate.py --help"
+    svg = curves(logs)
+    page = ['<html lang="en"><head><meta charset="utf-8"/><title>Report</title></head><body>',
+            f"<h2>Scores, per cent</h2><pre>{escape(scores)}</pre>", svg, *parts, "</body></html>"]
+    for file, text in ((path, "\n".join(page)), (Path(path).with_name("curves.svg"), svg)):
+        with atomic_write(file) as out:
+            out.write(text.encode())
+
+# ---------------------------------------------------------------- the command line
+
+def draw(what, names, checkpoint, root):
+    """The sheet `what` of picture files, or of one retrieval set under root."""
+    model, tokenizer = evaluate.load_model(checkpoint)
+    if what in ("heatmap", "neighbours") and tokenizer is None:
+        raise ValueError(f"{what} needs a text encoder, which {checkpoint} does not have")
+    if what == "neighbours":
+        return neighbour_sheet(model, tokenizer, evaluate.find(names[0], root, "val"))
+    files = names[:-1] if what == "heatmap" else names
+    if not files:
+        raise ValueError("heatmap needs a picture and a caption")
+    named = [(Path(file).name, testsets.load_picture(file)) for file in files]
+    if what == "heatmap":
+        return heatmap(model, tokenizer, named, names[-1])
+    if what == "masks":
+        return mask_sheet(named, load_checkpoint(checkpoint))
+    return codeword_sheet(model, named)
+
+
+def run(args):
+    """What the command line asks for, as a file."""
+    if args.what == "report":
+        out = args.out or Path(args.names[0]) / "report.html"
+        report(args.names, out, args.root)
+    else:
+        out = args.out or f"{args.what}.png"
+        checkpoint = args.checkpoint or evaluate.newest_checkpoint()
+        image = draw(args.what, args.names, checkpoint, args.root)
+        with atomic_write(out) as file:
+            image.save(file, "PNG")
+    print(f"wrote {out}")
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("what", choices=("heatmap", "masks", "codewords", "neighbours", "report"))
+    parser.add_argument("names", nargs="+", help="pictures, for heatmap with a caption at the end; "
+                        "neighbours: a retrieval set; report: runs")
+    parser.add_argument("--checkpoint", help="else the newest one under runs/")
+    parser.add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"),
+                        help="the folder of named data sets")
+    parser.add_argument("--out", help="file to write; else WHAT.png, or report.html in the run")
+    args = parser.parse_args()
+    run_program("plots.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""What is done with a data set before training reads it.
+
+    python tools/prepare.py pack table.tsv --out DIR --size 256    any source -> shards
+    python tools/prepare.py pack FOLDER --classes --out DIR        class folders -> shards
+    python tools/prepare.py check cc3m                   decode every pair once, name what is bad
+    python tools/prepare.py show demo --out sheet.png    random pairs as training sees them
+    python tools/prepare.py stats demo                   pairs, words of captions, picture sizes
+    python tools/prepare.py yfcc SUBSET.tsv DATASET.txt --out yfcc15m.tsv    YFCC-15M's captions
+
+Ideas: img2dataset and webdataset (layout of the shards), SLIP (cleaning of YFCC-15M's captions).
+"""
+import argparse
+import bz2
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import textwrap
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from urllib.parse import unquote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+from support.pictures import BAD_IMAGE, decode, open_picture, upright_size
+from support.runtime import sentence_of
+from support.shards import add_member, atomic_write, find_shards, in_parallel
+from tools import readers
+
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # others become JPEG
+YFCC100M_LINES = 2 ** 27  # more than the 100 million there are
+
+
+# ---------------------------------------------------------------- pack
+
+def pack(names, root, out, size=0, shard_size=10_000, classes=False):
+    """Write all pairs as shards OUT/00000.tar ...; those that are there are kept.
+
+    size: a picture with a longer short side is resized to it (bicubic, JPEG of quality 95 as
+    img2dataset); others, and all with 0, keep their bytes.  Each is decoded; bad ones are left out.
+    Raises ValueError if OUT holds anything else than shards of the same source and options.
+    """
+    if size < 0 or shard_size < 1:
+        raise ValueError("--size must be 0 or more, and --shard-size 1 or more")
+    records, fingerprint, warnings = readers.open_sources(names, root, classes)
+    settings = dict(source=fingerprint, size=size, shard_size=shard_size, done=False)
+    file = out / "pack.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        packed = json.loads(file.read_bytes()) if file.is_file() else {}
+        if packed | dict(done=False) != settings:
+            raise ValueError(f"{out} is not empty, and it was not packed from this source with "
+                             "these options: give another --out")
+    _write(file, settings)
+    for line in warnings:
+        print(f"warning: {line}")
+    for path in out.glob("*.partial-*"):  # of a run that was killed
+        path.unlink()
+    n_kept = len(find_shards(out))
+    n_pairs = 0
+    n_bad = 0
+    results = in_parallel(partial(_pack_shard, size), _tasks(records, out, shard_size))
+    for n, bad in tqdm(results, f"packing into {out}", unit=" shards", disable=None):
+        n_pairs += n
+        for line in bad[:max(0, 10 - n_bad)]:
+            print(f"left out: {line}")
+        n_bad += len(bad)
+    if not n_pairs and not n_kept:
+        raise ValueError(f"no pairs to pack; {n_bad:,} records were left out")
+    _write(file, settings | dict(done=True))
+    print(f"{out}: packed {n_pairs:,} pairs; kept {n_kept:,} shards of an earlier run; "
+          f"left out {n_bad:,} records")
+
+
+def _write(path, settings):
+    with atomic_write(path) as file:
+        file.write(json.dumps(settings).encode())
+
+
+def _tasks(records, out, shard_size):
+    """Yield the path and the records of each shard that is not there."""
+    number = 0
+    while batch := list(islice(records, shard_size)):
+        path = out / f"{number:05d}.tar"
+        if not path.exists():
+            yield path, batch
+        number += 1
+
+
+def _pack_shard(size, task):
+    """Write a shard.  -> number of pairs in it, a sentence of each record left out"""
+    path, records = task
+    bad = []
+    with (atomic_write(path) as file,
+          tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar):
+        for i, (name, load) in enumerate(records):
+            try:
+                content, captions = load()
+                content, suffix = _packed_picture(content, size)
+            except BAD_IMAGE as error:
+                bad.append(f"{name}: {sentence_of(error)}")
+                continue
+            key = f"{path.stem}{i:05d}"
+            add_member(tar, f"{key}.{suffix}", content)
+            if len(captions) == 1:
+                add_member(tar, f"{key}.txt", captions[0].encode("utf-8", "replace"))
+            else:
+                add_member(tar, f"{key}.json", json.dumps(dict(captions=captions)).encode())
+    return len(records) - len(bad), bad
+
+
+def _packed_picture(content, size):
+    """-> bytes of the picture's file in the shard, and its suffix.  Raises one of BAD_IMAGE."""
+    image = open_picture(content)
+    suffix = SUFFIXES.get(image.format)
+    shrink = min(image.size) / size if size else 1.0
+    image = decode(image, shrink / 2)  # twice the size: bicubic needs it
+    if suffix and shrink <= 1:
+        return content, suffix
+    if shrink > 1:
+        shrink = min(image.size) / size
+        image = image.resize([round(side / shrink) for side in image.size], Image.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue(), "jpg"
+
+
+# ---------------------------------------------------------------- check, show, stats
+
+def check(pairs):
+    """Decode every pair once and print those that are bad.  -> how many are"""
+    tasks = [(source, range(first, min(first + 1000, len(source))))
+             for source in pairs.sources for first in range(0, len(source), 1000)]
+    n_bad = 0
+    for bad in tqdm(in_parallel(_check, tasks), "checking", len(tasks), disable=None):
+        n_bad += len(bad)
+        for line in bad:
+            print(line)
+    print(f"{n_bad:,} of {sum(map(len, pairs.sources)):,} pairs are bad; pack leaves them out")
+    return n_bad
+
+
+def _check(task):
+    source, rows = task
+    bad = []
+    for i in rows:
+        try:
+            content, _ = source.read(i)
+            decode(content)
+        except BAD_IMAGE as error:
+            bad.append(f"{source.name(i)}: {sentence_of(error)}")
+    return bad
+
+
+def show(pairs, out, seed=0):
+    """A contact sheet of 24 random pairs, cropped as in training, each over one caption."""
+    size = 224  # pixels
+    width = size + 8
+    height = size + 70  # four lines of text
+    sheet = Image.new("RGB", (6 * width, 4 * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    rng = np.random.default_rng(seed)
+    for k in range(24):
+        x = k % 6 * width + 4
+        y = k // 6 * height + 4
+        try:
+            content, captions = pairs[int(rng.integers(len(pairs)))]
+            image = decode(content)
+            text = captions[int(rng.integers(len(captions)))]
+            box = data.crop_box(*image.size, (0.5, 1.0), rng)  # SLIP recipe
+            sheet.paste(data.crop(image, box, size), (x, y))
+        except BAD_IMAGE as error:
+            text = f"bad pair: {sentence_of(error)}"
+        pen.text((x, y + size), textwrap.fill(text, size // 6, max_lines=4), fill="black")
+    sheet.save(out)
+    print(out)
+
+
+def stats(pairs, limit=2_000):
+    """Print the pairs of each source, and sizes of about `limit` pairs, spread evenly."""
+    for source in pairs.sources:
+        print(f"{len(source):,} pairs in {len(source.sizes):,} shards: {source.folder}")
+    values = {"words of a caption": [], "shorter side": [], "longer side": []}
+    for i in range(0, len(pairs), max(1, len(pairs) // limit)):
+        try:
+            content, captions = pairs[i]
+            shorter, longer = sorted(upright_size(open_picture(content)))
+        except BAD_IMAGE:
+            continue  # check names it
+        values["words of a caption"] += [len(caption.split()) for caption in captions]
+        values["shorter side"].append(shorter)
+        values["longer side"].append(longer)
+    if not values["longer side"]:
+        raise ValueError("none of the pairs can be read: prepare.py check says why")
+    for title, numbers in values.items():
+        median, high, most = np.percentile(numbers, (50, 95, 100))
+        print(f"{title}: median {median:,.0f}, 95 % {high:,.0f}, most {most:,.0f}")
+
+
+# ---------------------------------------------------------------- YFCC-15M
+
+def clean_yfcc(text):
+    """A title or description of YFCC100M's table as SLIP cleaned it.
+
+    Unquoted, without links, bold, italics and URLs; in addition, white space is made single.
+    """
+    text = unquote(text).replace("+", " ")
+    text = re.sub(r"<a.*?>|</a>|<b>|</b>|<i>|</i>", "", text)
+    return " ".join(re.sub(r"http\S+|www\S+", "", text).split())
+
+
+def yfcc(subset, dataset, out, hashed=False):
+    """OpenAI's list of YFCC-15M and YFCC100M's table -> a table of image, url, title, description.
+
+    subset: lines of (line number, photo identifier, hash).  dataset: 25 columns of which the first
+    three are the same, the ninth and tenth title and description, the 17th the URL.  Either may be
+    .bz2.  image: SLIP's path in zips, or with `hashed` that of the public bucket, HAS/HHA/HASH.jpg.
+    """
+    wanted = np.zeros(YFCC100M_LINES, bool)
+    for number, _ in _numbered_lines(subset):
+        wanted[number] = True
+    n_rows = 0
+    with atomic_write(out) as file:
+        file.write(b"image\turl\ttitle\tdescription\n")
+        for number, cells in _numbered_lines(dataset):
+            if not wanted[number]:
+                continue
+            if len(cells) != 25:
+                raise ValueError(f"{dataset}: line {number} has {len(cells)} columns, not 25")
+            title = clean_yfcc(cells[8])
+            description = clean_yfcc(cells[9])
+            if title or description:
+                name = cells[2]
+                image = f"{name[:3]}/{name[3:6]}/{name}.jpg" if hashed else readers.yfcc_zip(number)
+                row = f"{image}\t{cells[16]}\t{title}\t{description}\n"
+                file.write(row.encode("utf-8", "replace"))
+                n_rows += 1
+    print(f"{out}: {n_rows:,} of {wanted.sum():,} pictures have captions")
+
+
+def _numbered_lines(path):
+    """Yield the number in the first cell, and the cells, of each line of a table."""
+    with bz2.open(path) if Path(path).suffix == ".bz2" else open(path, "rb") as file:
+        for line in tqdm(file, f"reading {path}", unit=" lines", disable=None):
+            cells = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            if not cells[0].isdigit() or int(cells[0]) >= YFCC100M_LINES:
+                raise ValueError(f"{path}: a line must begin with its number in YFCC100M's table, "
+                                 f"not '{cells[0][:80]}'")
+            yield int(cells[0]), cells
+
+
+# ---------------------------------------------------------------- command line
+
+def command_line(argv):
+    """Parse the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack_command = commands.add_parser("pack")
+    show_command = commands.add_parser("show")
+    for command in (pack_command, show_command, *map(commands.add_parser, ("check", "stats"))):
+        command.add_argument("data", nargs="+", help="as train.py's --data; pack takes tables too, "
+                             f"{', '.join(readers.ROWS)}")
+        command.add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"))
+    pack_command.add_argument("--out", type=Path, required=True, help="folder of shards")
+    pack_command.add_argument("--classes", action="store_true",
+                              help="a folder with a folder of pictures for each class")
+    pack_command.add_argument("--size", type=int, default=0,
+                              help="resize longer short sides to so many pixels")
+    pack_command.add_argument("--shard-size", type=int, default=10_000, help="pairs a shard")
+    show_command.add_argument("--out", type=Path, required=True, help="NAME.png")
+    show_command.add_argument("--seed", type=int, default=0)
+    yfcc_command = commands.add_parser("yfcc")
+    yfcc_command.add_argument("subset", help="OpenAI's yfcc100m_subset_data.tsv")
+    yfcc_command.add_argument("dataset", help="YFCC100M's yfcc100m_dataset.txt")
+    yfcc_command.add_argument("--out", type=Path, required=True, help="the table, yfcc15m.tsv")
+    yfcc_command.add_argument("--hashed", action="store_true",
+                              help="pictures are named by hash, as in the public bucket")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command line."""
+    args = command_line(argv)
+    status = 0
+    try:
+        if args.command == "pack":
+            pack(args.data, args.root, args.out, args.size, args.shard_size, args.classes)
+        elif args.command == "yfcc":
+            yfcc(args.subset, args.dataset, args.out, args.hashed)
+        else:
+            pairs = data.Pairs(args.data, args.root)
+            for line in pairs.warnings:
+                print(f"warning: {line}")
+            if args.command == "check":
+                status = 1 if check(pairs) or pairs.warnings else 0
+            elif args.command == "show":
+                show(pairs, args.out, args.seed)
+            else:
+                stats(pairs)
+    except (OSError, ValueError, EOFError) as error:  # EOFError: a .bz2 that is cut off
+        sys.exit(f"prepare.py: error: {sentence_of(error)}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: interrupted; the same pack command resumes")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
