@@ -386,7 +386,10 @@ def open_run(config, ranks, pictures, labels, classes):
     """
     n = len(pictures)
     world_size = ranks.world_size
-    config.batch_size = min(config.batch_size, max(1, n // world_size) * world_size)
+    largest = max(1, n // world_size) * world_size
+    if config.batch_size > largest:
+        print0(f"warning: {n} pictures are fewer than a batch of {config.batch_size}: {largest}")
+        config.batch_size = largest
     if config.batch_size % world_size:
         raise ValueError(f"--batch-size {config.batch_size} is the global batch: it is not a "
                          f"multiple of {world_size} ranks")

@@ -341,7 +341,10 @@ def test_yfcc_cleans_captions_as_slip(yfcc100m, run, packed):
     out = folder / "yfcc15m.tsv"
     assert "4 of 5 pictures" in run("yfcc", subset, table, "--out", out)
     assert packed(folder)[0] == [(numbers[n], case[2]) for n, case in cases.items() if case[2]]
-    assert "http://farm1.staticflickr.com/345999.jpg" in out.read_text()
+    before = out.read_text()
+    assert "http://farm1.staticflickr.com/345999.jpg" in before
+    assert "exists" in run("yfcc", subset, table, "--out", out, fails=True)
+    assert out.read_text() == before
 
     zipped = folder / "dataset.txt.bz2"
     zipped.write_bytes(bz2.compress(table.read_bytes()))

@@ -224,6 +224,8 @@ def yfcc(subset, dataset, out, hashed=False):
     three are the same, the ninth and tenth title and description, the 17th the URL.  Either may be
     .bz2.  image: SLIP's path in zips, or with `hashed` that of the public bucket, HAS/HHA/HASH.jpg.
     """
+    if Path(out).exists():
+        raise ValueError(f"{out} exists: delete it, or give another --out")
     wanted = np.zeros(YFCC100M_LINES, bool)
     for number, _ in _numbered_lines(subset):
         wanted[number] = True
