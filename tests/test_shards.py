@@ -164,3 +164,10 @@ def test_a_file_that_is_not_complete_does_not_take_its_name(tmp_path):
         file.write(b"half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux alone")
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    """A container or a scheduler may give fewer than the machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    assert shards.cpu_count() == 3
