@@ -25,9 +25,10 @@ import model as models
 from support import testsets
 from support.probe import best_penalty, probe_scores
 from support.ranks import on_first_rank, rank_and_world, shared_out, together
-from support.results import (append_result, file_sha256, provenance,  # noqa: F401
+from support.results import (append_result, file_sha256, provenance,  # noqa: F401  train's too
                              read_results, table)
 from support.runtime import init_distributed, print0, run_program, sentence_of
+# Others take the metrics from here.
 from support.testsets import METRICS, accuracy, map_11point, mean_per_class, roc_auc  # noqa: F401
 from support.weights import FORMATS, read_weights, weights_file
 from tokenizer import Tokenizer

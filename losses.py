@@ -19,6 +19,8 @@ def world_size():
 
 
 class AllGather(torch.autograd.Function):
+    """(B, E) on each rank -> (W * B, E); dist.all_gather alone has no gradient."""
+
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(world_size())]
@@ -27,8 +29,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # Every rank compares with this rank's rows, so every rank has a part of their gradient;
-        # dist.all_gather alone has none.
+        # Every rank compares with this rank's rows, so every rank has a part of their gradient.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[dist.get_rank()]

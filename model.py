@@ -94,8 +94,8 @@ def attention(q, k, v, key_mask=None, causal=False):
         causal = False
     if not cpu_bf16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, is_causal=causal)
-    # On CPUs with bfloat16 instructions PyTorch's kernel takes 2 to 8 times as long as this: half
-    # of a step.  (CPUs without them are slow in bfloat16 whatever one does.)
+    # On CPUs with bfloat16 instructions PyTorch's kernel takes 2 to 8 times as long as this, half
+    # of a step; on those without, whose bfloat16 is slower than float32, this takes twice as long.
     scores = q * q.size(-1) ** -0.5 @ k.mT                                      # (B, heads, Q, L)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask, -math.inf)
