@@ -89,7 +89,6 @@ class TrainConfig:
     timeout_minutes: float = 10.0   # PyTorch's for NCCL: how long a rank waits for another
 
 
-# What a recipe changes.
 RECIPES = dict(
     # Our choice: two CPU cores, about 600 steps.  The crop keeps small objects smaller than large
     # ones.  Random masks, because blocks of 75 % of 8 x 8 patches leave only the border visible,
@@ -448,9 +447,10 @@ def finish(config, model, tokenizer, pairs, ranks, results):
         mean = sum(unseen[name] for name in HELD_OUT) / len(HELD_OUT)
         print0(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(HELD_OUT)}")
     if ranks.rank == 0:
+        last = Path(config.out) / "last.pt"
+        sha256 = evaluate.file_sha256(last)
         for task, result in results.items():
-            evaluate.append_result(Path(config.out) / "last.pt", model,
-                                   f"{task} {folder.parent.name}", result)
+            evaluate.append_result(last, model, f"{task} {folder.parent.name}", result, sha256)
     print0(f"pictures and curves: python tools/plots.py report {config.out}")
 
 
@@ -459,7 +459,8 @@ def finish(config, model, tokenizer, pairs, ranks, results):
 def train(config):
     """Train, from the last checkpoint in config.out if there is one.  ValueError, OSError."""
     ranks = init_distributed(config.timeout_minutes)
-    out, device = Path(config.out), ranks.device
+    out = Path(config.out)
+    device = ranks.device
     pairs = open_pairs(config, ranks)
     saved, source = find_checkpoint(out, config.resume, config.force)
     if saved:
@@ -503,7 +504,9 @@ def train(config):
                disable=None if ranks.rank == 0 else True)  # a bar on a terminal, lines elsewhere
     meter = Meter(config.batch_size, progress.step)
     watched = "zeroshot" if "text" in model.needs else "linear"  # what --eval-every evaluates
-    results, stop, saved_at = {}, False, time.time()
+    results = {}
+    stop = False
+    saved_at = time.time()
 
     while progress.step < stop_at and not stop:
         lr = learning_rate(progress.step, config, steps_per_epoch)
@@ -600,12 +603,9 @@ def train(config):
     bar.close()
     if progress.step == last_step:
         finish(config, model, tokenizer, pairs, ranks, results)
-    elif stop:
-        print0(f"{signals.name or 'a signal'}: stopped after step {progress.step} of {last_step}; "
-               f"the same command resumes from {out / 'last.pt'}")
     else:
-        print0(f"stopped after --steps {progress.step} of {last_step}; without --steps the same "
-               "command resumes")
+        print0(f"{signals.name or 'a signal or --steps'}: stopped after step {progress.step} of "
+               f"{last_step}; the same command without --steps resumes from {out / 'last.pt'}")
     if log:
         log.close()
 
