@@ -477,5 +477,4 @@ def make_loader(dataset, sizes, seed, batch_size, first_step, last_step, ranks, 
                                  ranks.rank, ranks.world_size)
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-        pin_memory=ranks.device.type == "cuda", worker_init_fn=ignore_signals,
-        generator=torch.Generator())  # else a resume draws from torch's own, which it has restored
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=ignore_signals)

@@ -6,7 +6,6 @@ is printed next to the paper's, and kept in results.jsonl next to the checkpoint
 
     python evaluate.py --zeroshot imagenet icinw --retrieval flickr30k coco --linear imagenet
     python evaluate.py --zeroshot FOLDER/OF/CLASS/FOLDERS --checkpoint runs/a/last.pt ViT-B-16.pt
-    torchrun --nproc_per_node=8 evaluate.py --linear imagenet
 """
 import argparse
 import os
@@ -24,10 +23,9 @@ import data
 import model as models
 from support import testsets
 from support.probe import best_penalty, probe_scores
-from support.ranks import on_first_rank, rank_and_world, shared_out, together
 from support.results import (append_result, file_sha256, provenance,  # noqa: F401  train's too
                              read_results, table)
-from support.runtime import init_distributed, print0, run_program, sentence_of
+from support.runtime import init_distributed, run_program, sentence_of
 # Others take the metrics from here.
 from support.testsets import METRICS, accuracy, map_11point, mean_per_class, roc_auc  # noqa: F401
 from support.weights import FORMATS, read_weights, weights_file
@@ -94,41 +92,35 @@ def load_batch(pictures, view):
 def encode_images(encode, pictures, model, view=None):
     """encode(pixels (B, 3, H, W) normalised) of pictures, in their order -> (n, ...) float32 on CPU
 
-    view: what `encode` sees of a picture, else evaluation_view.  Several ranks share the work.
+    view: what `encode` sees of a picture, else evaluation_view.
     """
     device = device_of(model)
     view = view or evaluation_view(model.config)
     # On a CPU, 32 pictures of 224 pixels stay below the 32 MiB from which on malloc maps new pages.
     batch_size = 256 if device.type == "cuda" else 32
     # One core is left to a model on the CPU.  A small set is done before a process has started.
-    cores = data.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(0, min(8, cores - 1, len(pictures) // 1000))
-
-    def encode_part(pictures):
-        loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=workers,
-                                             collate_fn=partial(load_batch, view=view),
-                                             worker_init_fn=data.ignore_signals)
-        return torch.cat([encode(data.normalize(images.to(device))).float().cpu()
-                          for images in progress(loader, "pictures")])
-    return check_finite(shared_out(encode_part, pictures))
+    workers = max(0, min(8, data.cpu_count() - 1, len(pictures) // 1000))
+    loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=workers,
+                                         collate_fn=partial(load_batch, view=view),
+                                         worker_init_fn=data.ignore_signals)
+    features = [encode(data.normalize(images.to(device))).float().cpu()
+                for images in progress(loader, "pictures")]
+    return check_finite(torch.cat(features))
 
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts, batch_size=512):
-    """Unit features of texts, in their order -> (m, E) on CPU.  Several ranks share the work."""
-    device = device_of(model)
-
-    def encode_part(texts):
-        tokens = [tokenizer(text, model.config.context_length)[0] for text in texts]
-        # Texts of like length make a batch, so that little of it is padding.
-        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        features = torch.empty(len(texts), model.config.embed_dim)
-        for start in progress(range(0, len(order), batch_size), "texts"):
-            part = order[start:start + batch_size]
-            rows = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
-            features[part] = F.normalize(model.encode_text(rows.to(device)).float(), dim=1).cpu()
-        return features
-    return check_finite(shared_out(encode_part, texts))
+    """Unit features of texts, in their order -> (m, E) on CPU."""
+    tokens = [tokenizer(text, model.config.context_length)[0] for text in texts]
+    # Texts of like length make a batch, so that little of it is padding.
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+    features = torch.empty(len(texts), model.config.embed_dim)
+    for start in progress(range(0, len(order), batch_size), "texts"):
+        part = order[start:start + batch_size]
+        rows = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
+        encoded = model.encode_text(rows.to(device_of(model)))
+        features[part] = F.normalize(encoded.float(), dim=1).cpu()
+    return check_finite(features)
 
 
 def zeroshot_classifier(model, tokenizer, classnames, templates):
@@ -160,9 +152,8 @@ def device_of(model):
 
 
 def progress(items, label):
-    """A bar on the first rank's terminal."""
-    hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: on a terminal only
-    return tqdm(items, label, disable=hidden, leave=False)
+    """A bar, if the output is a terminal."""
+    return tqdm(items, label, disable=None, leave=False)
 
 
 # ---------------------------------------------------------------- metrics: shares in [0, 1]
@@ -236,7 +227,7 @@ def zeroshot(model, tokenizer, tests, synonyms=False):
     (ELEVATER); synonyms: all of them (SLIP).
     """
     if not isinstance(tests, testsets.TestSet):
-        tests = together(partial(testsets.test_set, tests, root=""))
+        tests = testsets.test_set(tests, root="")
     if all(re.fullmatch(r"n\d{8}", names[0]) for names in tests.names):
         raise ValueError(f"{tests.path}: the classes are WordNet ids: give words.txt or --names, "
                          "or, for ImageNet's 1,000, its name (imagenet) and --root")
@@ -265,7 +256,7 @@ def zeroshot(model, tokenizer, tests, synonyms=False):
 
 def retrieval(model, tokenizer, folder, split="test"):
     """Image-text retrieval on a split of a Karpathy json, with all texts of each picture."""
-    paths, texts, owners = together(lambda: testsets.karpathy(folder, split))
+    paths, texts, owners = testsets.karpathy(folder, split)
     images = F.normalize(encode_images(model.encode_image, paths, model), dim=1)    # (n, E)
     recall = recall_of_features(images, encode_texts(model, tokenizer, texts), owners)
     return dict(scores={f"{way} R@{k}": r for way in recall for k, r in recall[way].items()},
@@ -282,14 +273,10 @@ def linear(model, sets):
     def encode(images):
         return model.visual(images)[:, 0]   # (B, D), before the projection to the joint space: CLIP
     view = evaluation_view(model.config, tests.squash)
-    x = encode_images(encode, train.pictures, model, view)                          # (n, D)
+    x = encode_images(encode, train.pictures, model, view).to(device_of(model))     # (n, D)
     x_test = encode_images(encode, tests.pictures, model, view)
-
-    def fit():
-        rows = x.to(device_of(model))
-        penalty = best_penalty(rows, train.targets, classes, metric)
-        return penalty, probe_scores(rows, train.targets, x_test, classes, penalty)
-    penalty, scores = on_first_rank(fit)
+    penalty = best_penalty(x, train.targets, classes, metric)
+    scores = probe_scores(x, train.targets, x_test, classes, penalty)
     return dict(scores={tests.metric or "top-1": metric(scores, tests.targets)},
                 chance=chance(tests), notes=train.notes + tests.notes,
                 over=f"{len(x_test):,} pictures of {classes:,} classes, {len(x):,} to train",
@@ -304,23 +291,20 @@ def dense(model, tokenizer, tests):
     tests: a SegmentationSet, or the folder of one.
     """
     if not isinstance(tests, testsets.SegmentationSet):
-        tests = together(partial(testsets.segmentation_set, tests))
+        tests = testsets.segmentation_set(tests)
     classes = len(tests.names)
     grid = model.config.grid
     size = model.config.image_size
     classifier = zeroshot_classifier(model, tokenizer, tests.names,
                                      testsets.templates_of(tests.path))             # (C, E)
     features = encode_images(model.encode_patches, tests.pictures, model)           # (n, N, E)
-
-    def count():
-        confusion = torch.zeros(classes, classes, dtype=torch.long)
-        for i, patches in enumerate(F.normalize(features, dim=2)):
-            maps = (patches @ classifier.T).T.reshape(1, -1, grid, grid)
-            guess = F.interpolate(maps, (size, size), mode="bilinear")[0].argmax(0)  # (H, W)
-            label = np.array(data.center_crop(tests.label(i), size, Image.NEAREST))
-            confusion += confusion_matrix(guess, torch.from_numpy(label), classes)
-        return confusion
-    return dict(scores=segmentation_scores(together(count)), notes=tests.notes,
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    for i, patches in enumerate(F.normalize(features, dim=2)):
+        maps = (patches @ classifier.T).T.reshape(1, -1, grid, grid)
+        guess = F.interpolate(maps, (size, size), mode="bilinear")[0].argmax(0)     # (H, W)
+        label = np.array(data.center_crop(tests.label(i), size, Image.NEAREST))
+        confusion += confusion_matrix(guess, torch.from_numpy(label), classes)
+    return dict(scores=segmentation_scores(confusion), notes=tests.notes,
                 chance=1 / (2 * classes - 1),   # IoU of a guess at random: 1/C^2 / (2/C - 1/C^2)
                 over=f"{len(features):,} pictures, {classes} classes",
                 protocol=dict(path=str(tests.path), pictures=len(features), classes=classes))
@@ -330,8 +314,7 @@ def dense(model, tokenizer, tests):
 EVALUATIONS = {
     "zeroshot": ("classes/test", zeroshot),
     "retrieval": ("val", retrieval),
-    "linear": ("classes", lambda model, _, folder: linear(
-        model, together(partial(testsets.probe_sets, folder)))),
+    "linear": ("classes", lambda model, _, folder: linear(model, testsets.probe_sets(folder))),
     "dense": ("dense", dense)}
 
 
@@ -387,16 +370,15 @@ def find(name, root, subfolder):
 def evaluate_set(task, name, model, tokenizer, args):
     """One task on one data set -> a result.  Raises FileNotFoundError if the set is not there."""
     if task == "linear":
-        return linear(model, together(lambda: testsets.probe_sets(name, args.root)))
+        return linear(model, testsets.probe_sets(name, args.root))
     if tokenizer is None:
         raise ValueError(f"--{task} needs a text encoder, and a model of method "
                          f"{model.config.method} has none: use --linear")
     if task == "dense":
-        return dense(model, tokenizer, together(lambda: testsets.segmentation_set(name, args.root)))
+        return dense(model, tokenizer, testsets.segmentation_set(name, args.root))
     if task == "retrieval":
-        folder = together(lambda: find(name, args.root, "val"))
-        return retrieval(model, tokenizer, folder, args.split)
-    tests = together(lambda: testsets.test_set(name, args.root, names=args.names))
+        return retrieval(model, tokenizer, find(name, args.root, "val"), args.split)
+    tests = testsets.test_set(name, args.root, names=args.names)
     if tests.name == "imagenet" and args.templates == 7:
         tests.templates = testsets.protocols()["imagenet"]["templates7"]  # SLIP
     return zeroshot(model, tokenizer, tests, args.synonyms)
@@ -407,20 +389,20 @@ def evaluate_checkpoint(path, device, args, failures):
 
     Adds to failures a sentence for each data set that fails; OSError, ValueError if loading does.
     """
-    sha256, (model, tokenizer) = together(lambda: (file_sha256(path), load_model(path)))
-    together(lambda: read_results(weights_file(path).parent))  # fails now, not after hours
+    model, tokenizer = load_model(path)
+    sha256 = file_sha256(path)
+    read_results(weights_file(path).parent)  # fails now, not after hours
     config = model.config
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{path}: {config.method}, {millions:.1f} M parameters, {config.image_size} pixels")
+    print(f"{path}: {config.method}, {millions:.1f} M parameters, {config.image_size} pixels")
     for note in model.notes:
-        print0(f"  {note}")
+        print(f"  {note}")
     model.to(device)
     results = {}
 
     def keep(title, result):
         results[title] = result
-        if rank_and_world()[0] == 0:
-            append_result(path, model, title, result, sha256)
+        append_result(path, model, title, result, sha256)
     for task in EVALUATIONS:
         for name in getattr(args, task):
             for one in ICINW if name == "icinw" else [name]:
@@ -441,18 +423,20 @@ def evaluate_checkpoint(path, device, args, failures):
 
 def run(args):
     """Evaluate all checkpoints and print ONE table.  Raises ValueError for what has failed."""
-    device = init_distributed(timeout_minutes=2 * 24 * 60).device  # they meet after long parts only
+    ranks = init_distributed()
+    if ranks.world_size > 1:
+        raise ValueError("an evaluation runs in one process: start it with python, not torchrun")
     methods = []
     columns = {}
     failures = []
     for path in dict.fromkeys(args.checkpoint or [newest_checkpoint()]):
         try:
-            method, columns[str(path)] = evaluate_checkpoint(path, device, args, failures)
+            method, columns[str(path)] = evaluate_checkpoint(path, ranks.device, args, failures)
             methods.append(method)
         except (OSError, ValueError) as error:
             failures.append(sentence_of(error))
     if any(columns.values()):
-        print0(table(columns, methods))
+        print(table(columns, methods))
     if failures:
         raise ValueError("; ".join(dict.fromkeys(failures)))
 

@@ -14,11 +14,11 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -27,8 +27,8 @@ import model as models
 from support.checkpoints import (Progress, check_ranks_agree, check_same_run, checkpoint_state,
                                  find_checkpoint, open_log, prune_checkpoints, restore, try_save)
 from support.demo import HELD_OUT
-from support.runtime import (Meter, SignalHandler, autocast, clip_gradients, init_distributed,
-                             print0, rank0_first, run_program, sync_gradients)
+from support.runtime import (Meter, SignalHandler, autocast, init_distributed, on_rank0, print0,
+                             rank0_first, run_program, sync_gradients)
 from support.settings import check_ranges, flag, parse_flags
 from support.weights import read_weights, take_weights
 from tokenizer import Tokenizer
@@ -82,7 +82,7 @@ class TrainConfig:
     simclr_weight: float = 1.0      # SLIP, where it stands next to the MEAN of L_I and L_T
     depth: int = 0                  # blocks of the image tower; 0: the model's (paper: 12)
     text_decoder_depth: int = -1    # -1: the model's (paper: 4)
-    grad_clip: float = 0.0          # largest norm of the gradient; 0: none, as in SLIP's recipe
+    grad_clip: float = math.inf     # largest norm of the gradient; SLIP's recipe has no limit
     bad_limit: float = 0.01         # our choice: stop if a larger share of the pairs is unusable
     save_minutes: float = 20.0      # our choice: between checkpoints, in addition to one per epoch
     keep: int = 2                   # our choice: checkpoints of whole epochs that are kept
@@ -109,9 +109,10 @@ METHOD_RECIPES = dict(
 MAY_DIFFER = ("root", "out", "recipe", "micro_batch", "compile", "grad_checkpointing", "workers",
               "steps", "eval_every", "log_every", "resume", "force", "bad_limit", "save_minutes",
               "keep", "timeout_minutes")
-# Settings that a run keeps even with --force: they set the shapes of weights or count steps.
+# Settings that a run keeps even with --force: they set the shapes of weights, count steps, or are
+# part of the optimiser's state.
 FIXED = ("method", "model", "vocab_size", "init", "batch_size", "depth", "codewords",
-         "text_decoder_depth")
+         "text_decoder_depth", "weight_decay", "beta1", "beta2")
 LARGE = 200_000  # our choice: more pairs without a recipe are taken for a mistake
 
 
@@ -435,7 +436,7 @@ def evaluate_run(model, tokenizer, pairs, names):
     return results
 
 
-def finish(config, model, tokenizer, pairs, ranks, results):
+def finish(config, model, tokenizer, pairs, results):
     """Evaluate a run that is complete, print one table, append the scores to results.jsonl."""
     folder = Path(pairs.sources[0].folder).resolve()
     wanted = ("zeroshot", "retrieval", "dense") if "text" in model.needs else ("linear",)
@@ -446,11 +447,10 @@ def finish(config, model, tokenizer, pairs, ranks, results):
     if set(HELD_OUT) <= set(unseen):
         mean = sum(unseen[name] for name in HELD_OUT) / len(HELD_OUT)
         print0(f"{'':<11}{'never trained':<16}{100 * mean:>6.1f}   top-1 of {', '.join(HELD_OUT)}")
-    if ranks.rank == 0:
-        last = Path(config.out) / "last.pt"
-        sha256 = evaluate.file_sha256(last)
-        for task, result in results.items():
-            evaluate.append_result(last, model, f"{task} {folder.parent.name}", result, sha256)
+    last = Path(config.out) / "last.pt"
+    sha256 = evaluate.file_sha256(last)
+    for task, result in results.items():
+        evaluate.append_result(last, model, f"{task} {folder.parent.name}", result, sha256)
     print0(f"pictures and curves: python tools/plots.py report {config.out}")
 
 
@@ -500,10 +500,9 @@ def train(config):
     announce(config, model, tokenizer, pairs, ranks, precision, progress, source)
     log = open_log(out, stateful, progress, facts, source) if ranks.rank == 0 else None
     signals = SignalHandler(ranks)
-    bar = tqdm(total=stop_at, initial=progress.step, desc=out.name, unit="step", mininterval=1,
-               disable=None if ranks.rank == 0 else True)  # a bar on a terminal, lines elsewhere
-    meter = Meter(config.batch_size, progress.step)
+    meter = Meter(config.batch_size, stop_at)
     watched = "zeroshot" if "text" in model.needs else "linear"  # what --eval-every evaluates
+    evaluation = partial(evaluate_run, model, tokenizer, pairs, [watched])
     results = {}
     stop = False
     saved_at = time.time()
@@ -555,7 +554,7 @@ def train(config):
         # DDP has averaged the gradient, so all ranks see the NaN of one.  Such a step changes no
         # weight, moment, teacher or centre (in fp16 the scaler sets a found_inf of its own).
         scaler.unscale_(optimizer)
-        norm = clip_gradients(model, config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         finite = norm.isfinite()
         optimizer.found_inf = (~finite).float()
         scaler.step(optimizer)
@@ -566,7 +565,6 @@ def train(config):
             models.ema_update(teacher, model, momentum, finite)
             losses.update_center(teacher.center, torch.stack(teacher_means), finite=finite)
         progress.count(finite)
-        bar.update()
 
         stop = signals.stop_requested()
         epoch, epoch_ends = epoch_at(progress.step, last_step, len(pairs), config)
@@ -579,15 +577,16 @@ def train(config):
             check_health(config, progress, values, bad)
         if log_now:
             record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, **values)
-            record |= meter.read() | teacher_statistics(teacher, momentum, parts, amp)
+            record |= meter.read(progress.step, values)
+            record |= teacher_statistics(teacher, momentum, parts, amp)
             record |= dict(scale=model.logit_scale.exp().item()) if features else {}
             record |= dict(lr=lr, grad_norm=norm.item(), skipped=int(progress.skipped), bad=bad,
                            bad_pairs=progress.bad_names, loss_scale=scaler.get_scale())
-            results = evaluate_run(model, tokenizer, pairs, [watched]) if evaluate_now else {}
+            results = on_rank0(evaluation, ranks) if evaluate_now else {}
             if log:
                 log.write(record | evaluate.main_scores(results))
             progress.bad_names = []
-            meter.restart(bar, values)
+            meter.restart()
         if save_now and log:
             best = max([progress.best, *evaluate.main_scores(results).values()])
             names = [f"epoch-{epoch}.pt"] if epoch_ends and config.keep else []
@@ -600,9 +599,8 @@ def train(config):
             saved_at = time.time()
 
     signals.restore()
-    bar.close()
     if progress.step == last_step:
-        finish(config, model, tokenizer, pairs, ranks, results)
+        on_rank0(lambda: finish(config, model, tokenizer, pairs, results), ranks)
     else:
         print0(f"{signals.name or 'a signal or --steps'}: stopped after step {progress.step} of "
                f"{last_step}; the same command without --steps resumes from {out / 'last.pt'}")

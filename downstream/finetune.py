@@ -5,14 +5,13 @@
     python downstream/finetune.py --data imagenet --scratch    # DeiT: the same from random weights
 
 Fine-tuning has SLIP's recipe, which is BEiT's; --linear trains a head on the frozen tower by MoCo
-v3's.  The loop is `train`.  Ideas: BEiT (learning rates by layer), timm (RandAugment, erasing,
-mixup; the tests compare).
+v3's.  The loop is `train`; around it, and around segment.py's, is `Run`.  Ideas: BEiT (learning
+rates by layer), timm (RandAugment, erasing, mixup; the tests compare).
 """
 import dataclasses
 import math
 import os
 import sys
-import time
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -24,21 +23,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import evaluate
-import losses
 import model as models
 from support import testsets
 from support.checkpoints import (Progress, check_ranks_agree, check_same_run, checkpoint_state,
                                  find_checkpoint, open_log, prune_checkpoints, restore, try_save)
-from support.runtime import (Meter, SignalHandler, autocast, clip_gradients, init_distributed,
-                             print0, rank0_first, run_program)
+from support.runtime import (Meter, SignalHandler, autocast, init_distributed, on_rank0, print0,
+                             rank0_first, run_program)
 from support.settings import check_ranges, flag, parse_flags
 from support.weights import read_weights
-from train import check_health, data_label, epoch_at, evaluation_due, learning_rate
+from train import (check_health, data_label, epoch_at, evaluation_due, learning_rate,
+                   means_over_ranks, to_device)
 
 
 @dataclass
@@ -81,35 +79,36 @@ class TuneConfig(TowerConfig):
     cutmix: float = 1.0         # cutmix's, for the other half
     smoothing: float = 0.1      # of the labels
 
+    def resample(self):
+        """How pictures are resized: MoCo v3's or BEiT's way."""
+        return Image.BILINEAR if self.linear else Image.BICUBIC
+
 
 # Settings that may differ when a run resumes; the data may move, its fingerprint is compared.
 MAY_DIFFER = ("data", "root", "out", "grad_checkpointing", "workers", "log_every", "eval_every",
               "resume", "force", "steps")
 # Settings that a run keeps even with --force.
-FIXED = ("checkpoint", "scratch", "model", "linear", "head", "image_size", "batch_size")
-SAVE_SECONDS = 1200  # our choice: between checkpoints, in addition to one at the end of an epoch
+FIXED = ("checkpoint", "scratch", "model", "linear", "head", "image_size", "batch_size",
+         "layer_decay", "weight_decay")
 
-# Our choice, for a laptop: 64 pixels, a few thousand pictures, to which less is done.
-TINY = dict(epochs=10, batch_size=64, lr=2e-3, warmup_epochs=1.0, layer_decay=0.5, drop_path=0.0,
-            crop_min=0.5, magnitude=5.0, erase=0.0, mixup=0.0)
-SCRATCH = dict(lr=1e-3, layer_decay=1.0)                            # DeiT, of any size ...
-DEIT = SCRATCH | dict(epochs=300, warmup_epochs=5.0)                # ... and as published
+# What a recipe changes in the defaults.  128 is tiny's width: our choice, for a laptop.
+WIDTHS = {
+    128: dict(epochs=10, batch_size=64, lr=2e-3, warmup_epochs=1.0, layer_decay=0.5, drop_path=0.0,
+              crop_min=0.5, magnitude=5.0, erase=0.0, mixup=0.0),
+    384: dict(drop_path=0.0),                                               # SLIP, ViT-S
+    1024: dict(epochs=50, warmup_epochs=5.0, layer_decay=0.75)}             # SLIP, ViT-L
 LINEAR = dict(epochs=90, batch_size=1024, lr=0.0, warmup_epochs=0.0, layer_decay=1.0,
               weight_decay=0.0, drop_path=0.0, magnitude=0.0, erase=0.0, mixup=0.0,
-              smoothing=0.0, precision="fp32")                      # MoCo v3
-WIDTHS = {
-    128: TINY,
-    384: dict(drop_path=0.0),                                       # SLIP, ViT-S
-    1024: dict(epochs=50, warmup_epochs=5.0, layer_decay=0.75),     # SLIP, ViT-L
-}
+              smoothing=0.0, precision="fp32")                              # MoCo v3
 
 
 def recipe(width, given):
     """What the tower's width, --scratch and --linear change in the defaults."""
     if given.get("linear"):
         return LINEAR
-    if given.get("scratch"):
-        return TINY | SCRATCH if width == 128 else DEIT
+    if given.get("scratch"):  # DeiT
+        longer = WIDTHS[128] if width == 128 else dict(epochs=300, warmup_epochs=5.0)
+        return longer | dict(lr=1e-3, layer_decay=1.0)
     return WIDTHS.get(width, {})
 
 
@@ -125,16 +124,16 @@ def make_config(given, config_class, recipe_of, folder, choices):
     if ("checkpoint" if draft.scratch else "model") in given:
         raise ValueError("--model is for --scratch, which takes no --checkpoint")
     folder = folder.format(data_label([draft.data])) + ("-scratch" if draft.scratch else "")
-    root = draft.root or os.environ.get("MASKCLIP_DATA", "data")
-    given = given | dict(out=draft.out or folder, root=root)
+    given["out"] = draft.out or folder
+    given["root"] = draft.root or os.environ.get("MASKCLIP_DATA", "data")
     saved, _ = find_checkpoint(given["out"], draft.resume, draft.force)
     if draft.scratch:
         width = models.PRESETS[draft.model].width
     elif saved and "model_config" in saved:
         width = saved["model_config"]["width"]
-        given = dict(checkpoint=saved["config"].get("checkpoint", "")) | given
+        given.setdefault("checkpoint", saved["config"].get("checkpoint", ""))
     else:
-        given["checkpoint"] = given.get("checkpoint") or str(evaluate.newest_checkpoint())
+        given["checkpoint"] = draft.checkpoint or str(evaluate.newest_checkpoint())
         width = read_weights(given["checkpoint"])["config"].width
     config = config_class(**recipe_of(width, given) | given)
     check_ranges(config, choices, [(0, 1, ("layer_decay", "drop_path")),
@@ -145,30 +144,20 @@ def make_config(given, config_class, recipe_of, folder, choices):
 
 # ---------------------------------------------------------------- the model, rates of its layers
 
-def resized_positions(positions, side):
-    """Positions (1, 1 + n * n, D) of class token and grid -> (1, 1 + side * side, D), as BEiT."""
-    n = math.isqrt(positions.size(1) - 1)
-    if n == side:
-        return positions
-    grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)                # (1, D, n, n)
-    grid = F.interpolate(grid.float(), (side, side), mode="bicubic", align_corners=False)
-    grid = grid.flatten(2).transpose(1, 2).to(positions)                            # (1, side^2, D)
-    return torch.cat([positions[:, :1], grid], 1)
-
-
 class Classifier(nn.Module):
-    """An image tower and a linear head on its class token; frozen: the tower does not learn."""
+    """An image tower and a linear head on its class token.  config: ModelConfig; run: TuneConfig"""
 
-    def __init__(self, config, n_classes, frozen=False, head_std=0.02):
+    def __init__(self, config, n_classes, run):
         super().__init__()
         self.config = config
-        self.visual = models.ViT(config).requires_grad_(not frozen)
+        self.visual = models.ViT(config).requires_grad_(not run.linear)
         self.head = nn.Linear(config.width, n_classes)
         models.init_weights(self)
-        if frozen:
-            nn.init.normal_(self.head.weight, std=0.01)  # MoCo v3
+        if run.linear:
+            nn.init.normal_(self.head.weight, std=0.01)                             # MoCo v3
         else:
-            nn.init.trunc_normal_(self.head.weight, std=head_std)
+            std = 0.02 if run.scratch else 0.02 * 0.001                             # BEiT
+            nn.init.trunc_normal_(self.head.weight, std=std)
 
     def forward(self, images):
         """(B, 3, H, W) normalised -> (B, C)."""
@@ -182,7 +171,7 @@ def make_model(config, saved, make_network):
     Raises FileNotFoundError or ValueError.
     """
     torch.manual_seed(config.seed)
-    tower = {}
+    weights = None
     if saved:
         shape = models.ModelConfig(**saved["model_config"])
     elif config.scratch:
@@ -190,14 +179,14 @@ def make_model(config, saved, make_network):
     else:
         weights = read_weights(config.checkpoint)
         shape = weights["config"]
-        tower = {name.removeprefix("visual."): x for name, x in weights["model"].items()
-                 if name.startswith("visual.")}
     shape = dataclasses.replace(shape, image_size=config.image_size or shape.image_size)
     if shape.image_size % shape.patch_size:
         raise ValueError(f"--image-size {shape.image_size} is not a multiple of the tower's "
                          f"patches of {shape.patch_size}")
     model = make_network(shape)
-    if tower:
+    if weights:
+        tower = {name.removeprefix("visual."): x for name, x in weights["model"].items()
+                 if name.startswith("visual.")}
         tower["pos_embed"] = resized_positions(tower["pos_embed"], shape.grid)
         model.visual.load_state_dict(tower)
     models.set_up_blocks(model, config.grad_checkpointing, compile=False)
@@ -205,6 +194,15 @@ def make_model(config, saved, make_network):
     for block, rate in zip(model.visual.blocks, rates):
         block.drop_path = rate
     return model
+
+
+def resized_positions(positions, side):
+    """Positions (1, 1 + n * n, D) of class token and grid -> (1, 1 + side * side, D), as BEiT."""
+    n = math.isqrt(positions.size(1) - 1)
+    grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)                # (1, D, n, n)
+    grid = F.interpolate(grid.float(), (side, side), mode="bicubic")
+    grid = grid.flatten(2).transpose(1, 2).to(positions)                            # (1, side^2, D)
+    return torch.cat([positions[:, :1], grid], 1)
 
 
 def parameter_groups(model, config):
@@ -224,29 +222,26 @@ def parameter_groups(model, config):
         if part[0] == "visual" and part[1] != "norm":
             layer = 1 + int(part[2]) if part[1] == "blocks" else 0
         decays = p.ndim >= 2 and part[-1] not in ("cls_token", "pos_embed")
-        group = groups.setdefault((layer, decays), dict(params=[]))
-        group["scale"] = config.layer_decay ** (last - layer)
-        group["weight_decay"] = config.weight_decay if decays else 0.0
+        group = groups.setdefault((layer, decays), dict(
+            params=[], scale=config.layer_decay ** (last - layer),
+            weight_decay=config.weight_decay if decays else 0.0))
         group["params"].append(p)
     return list(groups.values())
 
 
-def make_optimizer(model, config):
-    """BEiT's AdamW, with --linear MoCo v3's SGD.  Fused, because these honour .found_inf."""
+def adamw(model, config):
+    """BEiT's and mmsegmentation's.  Fused, because that honours .found_inf."""
     groups = parameter_groups(model, config)
-    if not config.linear:
-        return torch.optim.AdamW(groups, config.lr, (0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, config.lr, (0.9, 0.999), eps=1e-8, fused=True)
+
+
+def sgd(model, config):
+    """MoCo v3's, for --linear."""
+    groups = parameter_groups(model, config)
     optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, fused=True)
     for p in model.head.parameters():  # without this, a skipped first step leaves it undefined
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-def probe_rate(step, config, steps_per_epoch):
-    """--linear: a cosine by epoch to 0, from --lr or 3 x batch / 256 (MoCo v3)."""
-    peak = config.lr or 3 * config.batch_size / 256
-    epoch = int(step / steps_per_epoch)
-    return peak * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
 
 
 # ---------------------------------------------------------------- what is done to pictures, labels
@@ -255,43 +250,28 @@ MEAN_COLOUR = tuple(round(255 * x) for x in data.IMAGENET_MEAN)
 FILL = dict(resample=Image.BICUBIC, fillcolor=MEAN_COLOUR)
 
 
-def _signed(value, rng):
-    return -value if rng.random() > 0.5 else value
-
-
 def _affine(image, *matrix):
     return image.transform(image.size, Image.AFFINE, matrix, **FILL)
 
 
-def _enhance(kind, image, m, rng):
-    return kind(image).enhance(max(0.1, 1 + _signed(0.9 * m, rng)))
-
-
-def _solarize_add(image, m, rng):
-    values = [min(255, i + int(110 * m)) if i < 128 else i for i in range(256)]
-    return image.point(values * 3)
-
-
-# timm's fifteen operations of "inc1": (image, m in 0 .. 1, rng) -> image, stronger with m
-OPERATIONS = dict(
-    AutoContrast=lambda image, m, rng: ImageOps.autocontrast(image),
-    Equalize=lambda image, m, rng: ImageOps.equalize(image),
-    Invert=lambda image, m, rng: ImageOps.invert(image),
-    Rotate=lambda image, m, rng: image.rotate(_signed(30 * m, rng), **FILL),
-    Posterize=lambda image, m, rng: ImageOps.posterize(image, max(1, 4 - int(4 * m))),  # not 0
-    Solarize=lambda image, m, rng: ImageOps.solarize(image, 256 - int(256 * m)),
-    SolarizeAdd=_solarize_add,
-    Color=partial(_enhance, ImageEnhance.Color),
-    Contrast=partial(_enhance, ImageEnhance.Contrast),
-    Brightness=partial(_enhance, ImageEnhance.Brightness),
-    Sharpness=partial(_enhance, ImageEnhance.Sharpness),
-    ShearX=lambda image, m, rng: _affine(image, 1, _signed(0.3 * m, rng), 0, 0, 1, 0),
-    ShearY=lambda image, m, rng: _affine(image, 1, 0, 0, _signed(0.3 * m, rng), 1, 0),
-    TranslateX=lambda image, m, rng: _affine(
-        image, 1, 0, _signed(0.45 * m, rng) * image.width, 0, 1, 0),
-    TranslateY=lambda image, m, rng: _affine(
-        image, 1, 0, 0, 0, 1, _signed(0.45 * m, rng) * image.height),
-)
+# timm's fifteen of "inc1": (image, m from 0 to 1, signed: x -> x or -x) -> image
+OPERATIONS = [
+    lambda image, m, signed: ImageOps.autocontrast(image),
+    lambda image, m, signed: ImageOps.equalize(image),
+    lambda image, m, signed: ImageOps.invert(image),
+    lambda image, m, signed: image.rotate(signed(30 * m), **FILL),
+    lambda image, m, signed: ImageOps.posterize(image, max(1, 4 - int(4 * m))),  # Pillow: not 0
+    lambda image, m, signed: ImageOps.solarize(image, 256 - int(256 * m)),
+    lambda image, m, signed: image.point(  # brighten what is dark
+        [min(255, x + int(110 * m)) if x < 128 else x for x in range(256)] * 3),
+    lambda image, m, signed: ImageEnhance.Color(image).enhance(max(0.1, 1 + signed(0.9 * m))),
+    lambda image, m, signed: ImageEnhance.Contrast(image).enhance(max(0.1, 1 + signed(0.9 * m))),
+    lambda image, m, signed: ImageEnhance.Brightness(image).enhance(max(0.1, 1 + signed(0.9 * m))),
+    lambda image, m, signed: ImageEnhance.Sharpness(image).enhance(max(0.1, 1 + signed(0.9 * m))),
+    lambda image, m, signed: _affine(image, 1, signed(0.3 * m), 0, 0, 1, 0),
+    lambda image, m, signed: _affine(image, 1, 0, 0, signed(0.3 * m), 1, 0),
+    lambda image, m, signed: _affine(image, 1, 0, signed(0.45 * m) * image.width, 0, 1, 0),
+    lambda image, m, signed: _affine(image, 1, 0, 0, 0, 1, signed(0.45 * m) * image.height)]
 
 
 def rand_augment(image, magnitude, rng):
@@ -299,23 +279,24 @@ def rand_augment(image, magnitude, rng):
     for number in rng.integers(len(OPERATIONS), size=2):
         if rng.random() <= 0.5:
             m = min(max(rng.normal(magnitude, 0.5), 0.0), 10.0) / 10
-            image = list(OPERATIONS.values())[number](image, m, rng)
+            image = OPERATIONS[number](image, m, lambda x: -x if rng.random() > 0.5 else x)
     return image
 
 
-def erased_box(height, width, rng):
-    """Random erasing's rectangle (Zhong et al. 2020): 1/50 to 1/3 of the area.
-
-    -> top, left, height, width; None if ten tries do not fit
-    """
-    for _ in range(10):
+def erase(pixels, rng):
+    """Random erasing (Zhong et al. 2020): a box of 1/50 to 1/3 of (H, W, 3) becomes noise."""
+    height, width = pixels.shape[:2]
+    for _ in range(10):  # a box that is too long is drawn again
         area = rng.uniform(0.02, 1 / 3) * height * width
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         h = round(math.sqrt(area * aspect))
         w = round(math.sqrt(area / aspect))
         if h < height and w < width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    return None
+            top = int(rng.integers(height - h + 1))
+            left = int(rng.integers(width - w + 1))
+            noise = rng.normal(data.IMAGENET_MEAN, data.IMAGENET_STD, (h, w, 3))  # timm
+            pixels[top:top + h, left:left + w] = (255 * noise).round().clip(0, 255)
+            return
 
 
 @dataclass
@@ -330,18 +311,14 @@ class LabelledPictures(torch.utils.data.Dataset):
         rng = np.random.default_rng([config.seed, *key])
         image = testsets.load_picture(self.tests.pictures[key[1]])
         box = data.crop_box(*image.size, (config.crop_min, 1.0), rng)
-        resample = Image.BILINEAR if config.linear else Image.BICUBIC
-        image = data.crop(image, box, self.size, resample=resample)
+        image = data.crop(image, box, self.size, resample=config.resample())
         if rng.random() < 0.5:
             image = ImageOps.mirror(image)
         if config.magnitude:
             image = rand_augment(image, config.magnitude, rng)
         pixels = np.array(image)
-        box = erased_box(self.size, self.size, rng) if rng.random() < config.erase else None
-        if box:
-            top, left, h, w = box
-            noise = rng.normal(data.IMAGENET_MEAN, data.IMAGENET_STD, (h, w, 3))  # timm
-            pixels[top:top + h, left:left + w] = (255 * noise).round().clip(0, 255)
+        if rng.random() < config.erase:
+            erase(pixels, rng)
         return dict(images=torch.from_numpy(pixels), labels=self.tests.targets[key[1]])
 
 
@@ -376,63 +353,112 @@ def _interval(side, share, rng):  # around a random point, cut at the ends
     return max(middle - length // 2, 0), min(middle + (length + 1) // 2, side)
 
 
-# ---------------------------------------------------------------- a run, also of segment.py
+# ---------------------------------------------------------------- around a loop, also segment.py's
 
-def open_run(config, ranks, pictures, labels, classes):
-    """Find the checkpoint that a run resumes from, and say what begins.
+class Run:
+    """What a loop needs, here and in segment.py: model, optimiser, data, log, checkpoints."""
 
-    -> the checkpoint and its path, or None, None; what all checkpoints of the run hold.
-    A batch has at most all pictures.  Raises ValueError or OSError.
-    """
-    n = len(pictures)
-    world_size = ranks.world_size
-    largest = max(1, n // world_size) * world_size
-    if config.batch_size > largest:
-        print0(f"warning: {n} pictures are fewer than a batch of {config.batch_size}: {largest}")
-        config.batch_size = largest
-    if config.batch_size % world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is the global batch: it is not a "
-                         f"multiple of {world_size} ranks")
-    names = [Path(testsets.picture_name(picture)).name for picture in pictures]  # folders may move
-    fingerprint = f"{n} pictures, {zlib.crc32(repr((names, labels)).encode()):08x}"
-    saved, source = find_checkpoint(config.out, config.resume, config.force)
-    if saved:
-        check_same_run(saved, source, config, fingerprint, MAY_DIFFER, FIXED)
-        if saved["classes"] != classes:
-            raise ValueError(f"the classes are not those of {source}: give another --out")
-    step = saved["step"] if saved else 0
-    check_ranks_agree(step, fingerprint, ranks)
-    made_by = [*(saved["made_by"] if saved else []), evaluate.provenance()]  # one a start
-    settings = dataclasses.asdict(config)
-    print0(" ".join(f"{name}={value}" for name, value in settings.items()))
-    print0(f"{n:,} pictures; {n / config.batch_size:.1f} steps an epoch, on {world_size} ranks; "
-           f"from step {step} of {source or config.checkpoint or 'random weights'}")
-    return saved, source, dict(pairs=fingerprint, config=settings, made_by=made_by, classes=classes)
+    def __init__(self, config, ranks, train_set, labels, make_network, make_optimizer, dataset):
+        """Begin, or resume from the checkpoint that is there.  Raises ValueError or OSError.
 
+        labels: with the pictures' names they tell whether the data is the same.
+        """
+        self.config = config
+        self.ranks = ranks
+        self.n = len(train_set.pictures)
+        if config.batch_size % ranks.world_size or config.batch_size > self.n:
+            raise ValueError(f"--batch-size {config.batch_size} is the global batch: give a "
+                             f"multiple of {ranks.world_size} ranks, at most {self.n} pictures")
+        names = [Path(testsets.picture_name(picture)).name for picture in train_set.pictures]
+        fingerprint = f"{self.n} pictures, {zlib.crc32(repr((names, labels)).encode()):08x}"
+        saved, source = find_checkpoint(config.out, config.resume, config.force)
+        if saved:
+            check_same_run(saved, source, config, fingerprint, MAY_DIFFER, FIXED)
+        self.model = make_model(config, saved, make_network).to(ranks.device)
+        if ranks.world_size > 1 and ranks.device.type == "cuda":  # CPU ranks normalise their share
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.optimizer = make_optimizer(self.model, config)
+        self.amp, self.scaler, _ = autocast(config.precision, ranks.device)
+        self.stateful = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        self.progress = Progress(*torch.zeros(2, device=ranks.device))
+        if saved:
+            restore(saved, self.stateful, self.progress, ranks)
+        check_ranks_agree(self.progress.step, fingerprint, ranks)
+        several = ranks.world_size > 1
+        self.network = DistributedDataParallel(self.model) if several else self.model
+        self.steps_per_epoch = self.n / config.batch_size
+        self.last_step = config.epochs * self.n // config.batch_size
+        self.stop_at = min(self.last_step, config.steps or self.last_step)
+        self.stop = self.progress.step >= self.stop_at
+        samples = dataset(train_set, config, self.model.config.image_size)
+        self.batches = iter(data.make_loader(
+            samples, [self.n], config.seed, config.batch_size, self.progress.step, self.stop_at,
+            ranks, config.workers))
+        made_by = [*(saved["made_by"] if saved else []), evaluate.provenance()]  # one a start
+        self.facts = dict(pairs=fingerprint, config=dataclasses.asdict(config), made_by=made_by,
+                          classes=train_set.names,
+                          model_config=dataclasses.asdict(self.model.config))
+        print0(" ".join(f"{name}={value}" for name, value in self.facts["config"].items()))
+        print0(f"{self.n:,} pictures; {self.steps_per_epoch:.1f} steps an epoch; from step "
+               f"{self.progress.step} of {source or config.checkpoint or 'random weights'}")
+        self.log = None
+        if ranks.rank == 0:
+            self.log = open_log(config.out, self.stateful, self.progress, self.facts, source)
+        self.signals = SignalHandler(ranks)
+        self.meter = Meter(config.batch_size, self.stop_at)
 
-def step_rng(config, step, rank):
-    """Random numbers of one step on one rank: NumPy's; PyTorch's are seeded (stochastic depth)."""
-    seeds = np.random.SeedSequence([config.seed, step, rank])
-    torch.manual_seed(int(seeds.generate_state(1)[0]))
-    return np.random.default_rng(seeds)
+    def next_batch(self):
+        """-> images (B, 3, H, W) normalised, labels (B, ...), NumPy's generator of this step
 
+        PyTorch's is seeded too, for stochastic depth and dropout.
+        """
+        seeds = np.random.SeedSequence([self.config.seed, self.progress.step, self.ranks.rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        batch = to_device(self.meter.next(self.batches), self.ranks.device)
+        return batch["images"], batch["labels"], np.random.default_rng(seeds)
 
-def save(config, stateful, progress, facts, results, ended, log, must):
-    """last.pt; epoch-N.pt if an epoch has `ended`, else 0; best.pt if a score is the highest."""
-    names = [f"epoch-{ended}.pt"] if ended else []
-    best = max([progress.best, *evaluate.main_scores(results).values()])
-    names += ["best.pt"] if best > progress.best else []
-    progress.best = best
-    state = checkpoint_state(stateful, progress, 0, facts)
-    if log and try_save(config.out, state, names, log, must) and ended:
-        prune_checkpoints(config.out, ended, keep=2)  # our choice
+    def log_and_save(self, terms, lr, norm, task, measure):
+        """Log, evaluate and save after a step, if it is time to.
 
+        terms: {name: ()} of the loss; norm () of the gradient; measure() -> a result of the task.
+        """
+        config = self.config
+        progress = self.progress
+        self.stop = self.signals.stop_requested() or progress.step == self.stop_at
+        epoch, epoch_ends = epoch_at(progress.step, self.last_step, self.n, config)
+        if not (self.stop or epoch_ends or progress.step % config.log_every == 0):
+            return
+        values, _ = means_over_ranks(terms, {}, 0, self.ranks)  # waits for the device
+        check_health(config, progress, values, bad=0)
+        record = dict(step=progress.step, epoch=progress.step / self.steps_per_epoch, **values,
+                      lr=lr, grad_norm=norm.item(), skipped=int(progress.skipped),
+                      loss_scale=self.scaler.get_scale(), **self.meter.read(progress.step, values))
+        names = [f"epoch-{epoch}.pt"] if epoch_ends else []
+        if epoch_ends and evaluation_due(epoch, config):
+            record |= evaluate.main_scores({task: on_rank0(measure, self.ranks)})
+            names += ["best.pt"] if record[task] > progress.best else []
+            progress.best = max(progress.best, record[task])
+        if self.log:
+            self.log.write(record)
+            if self.stop or epoch_ends:
+                state = checkpoint_state(self.stateful, progress, 0, self.facts)
+                if try_save(config.out, state, names, self.log, must=self.stop) and epoch_ends:
+                    prune_checkpoints(config.out, epoch, keep=2)  # our choice
+        self.meter.restart()
 
-def finish(config, model, task, result, log):
-    """Print the scores of a complete run and append them to results.jsonl."""
-    print0(evaluate.table({"": {task: result}}, [model.config.method]))
-    if log:
-        evaluate.append_result(Path(config.out) / "last.pt", model, task, result)
+    def finish(self, title, measure):
+        """Evaluate a run that is complete, print the scores, append them to results.jsonl."""
+        self.signals.restore()
+        if self.progress.step < self.last_step:
+            print0(f"{self.signals.name or '--steps'}: stopped after step {self.progress.step} of "
+                   f"{self.last_step}; the same command without --steps resumes")
+        else:
+            result = on_rank0(measure, self.ranks)
+            print0(evaluate.table({"": {title: result}}, [self.model.config.method]))
+            if self.log:
+                evaluate.append_result(Path(self.config.out) / "last.pt", self.model, title, result)
+        if self.log:
+            self.log.close()
 
 
 # ---------------------------------------------------------------- the loop and the evaluation
@@ -440,107 +466,55 @@ def finish(config, model, task, result, log):
 def train(config):
     """Train as the config says, from last.pt in config.out if there is one; then evaluate."""
     ranks = init_distributed()
-    device = ranks.device
     train_set, test_set = rank0_first(lambda: testsets.probe_sets(config.data, config.root), ranks)
-    pictures, labels = train_set.pictures, train_set.targets
-    n = len(pictures)
-    classes = [names[0] for names in train_set.names]
+    labels = train_set.targets
     if labels.ndim > 1:
         raise ValueError(f"{train_set.path}: pictures of several classes cannot be trained on here")
-    saved, source, facts = open_run(config, ranks, pictures, labels.tolist(), classes)
-    head_std = 0.02 if config.scratch else 0.02 * 0.001  # BEiT
-    model = make_model(config, saved, lambda shape: Classifier(
-        shape, len(classes), config.linear, head_std)).to(device)
-    optimizer = make_optimizer(model, config)
-    amp, scaler, _ = autocast(config.precision, device)
-    stateful = dict(model=model, optimizer=optimizer, scaler=scaler)
-    progress = Progress(torch.zeros((), device=device), torch.zeros((), device=device))
-    if saved:
-        restore(saved, stateful, progress, ranks)
-    network = DistributedDataParallel(model) if ranks.world_size > 1 else model
-    facts["model_config"] = dataclasses.asdict(model.config)
-    steps_per_epoch = n / config.batch_size
-    last_step = config.epochs * n // config.batch_size
-    stop_at = min(last_step, config.steps or last_step)
-    samples = LabelledPictures(train_set, config, model.config.image_size)
-    batches = iter(data.make_loader(samples, [n], config.seed, config.batch_size, progress.step,
-                                    stop_at, ranks, config.workers))
-    log = open_log(config.out, stateful, progress, facts, source) if ranks.rank == 0 else None
-    signals = SignalHandler(ranks)
-    bar = tqdm(total=stop_at, initial=progress.step, desc=Path(config.out).name, unit="step",
-               mininterval=1, disable=None if ranks.rank == 0 else True)  # on a terminal only
-    meter = Meter(config.batch_size, progress.step)
+    n_classes = len(train_set.names)
+    run = Run(config, ranks, train_set, labels.tolist(),
+              lambda shape: Classifier(shape, n_classes, config),
+              sgd if config.linear else adamw, LabelledPictures)
+    optimizer = run.optimizer
+    scaler = run.scaler
     task = "linear" if config.linear else "finetune"
-    results, stop, saved_at = {}, False, time.time()
+    evaluation = partial(measure, run.model, test_set, config, run.amp)
 
-    while progress.step < stop_at and not stop:
-        if config.linear:
-            lr = probe_rate(progress.step, config, steps_per_epoch)
+    while not run.stop:
+        step = run.progress.step
+        if config.linear:  # MoCo v3: a cosine, the same for all steps of an epoch
+            turn = math.pi * int(step / run.steps_per_epoch) / config.epochs
+            lr = (config.lr or 3 * config.batch_size / 256) * (1 + math.cos(turn)) / 2
         else:
-            lr = learning_rate(progress.step, config, steps_per_epoch, lowest=1e-6)  # BEiT
+            lr = learning_rate(step, config, run.steps_per_epoch, lowest=1e-6)  # BEiT
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        batch = meter.next(batches)
-        labels = batch["labels"].to(device, non_blocking=True)                  # (B,)
-        images = data.normalize(batch["images"].to(device, non_blocking=True))  # (B, 3, H, W)
-        rng = step_rng(config, progress.step, ranks.rank)
-        images, targets = mix(images, labels, len(classes), config, rng)        # targets (B, C)
-
-        model.train()
-        with amp:
-            logits = network(images)                                            # (B, C)
+        images, labels, rng = run.next_batch()                  # (B, 3, H, W), (B,)
+        images, targets = mix(images, labels, n_classes, config, rng)           # targets (B, C)
+        run.model.train()
+        with run.amp:
+            logits = run.network(images)                                        # (B, C)
         loss = -(targets * logits.float().log_softmax(1)).sum(1).mean()
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
 
-        # DDP has averaged the gradient, so a NaN of one rank is seen by all.  In such a step
-        # found_inf makes the fused optimiser keep weights and moments.
+        # DDP has averaged the gradient, so all ranks see the NaN of one.  In such a step found_inf
+        # makes the fused optimiser keep weights and moments.
         scaler.unscale_(optimizer)
-        norm = clip_gradients(model)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), math.inf)
         finite = norm.isfinite()
         optimizer.found_inf = (~finite).float()
         scaler.step(optimizer)
         scaler.update()
-        progress.count(finite)
-        bar.update()
-
-        stop = signals.stop_requested()
-        epoch, epoch_ends = epoch_at(progress.step, last_step, n, config)
-        must = stop or progress.step == stop_at
-        if progress.step % config.log_every == 0 or epoch_ends or must:  # the device is waited for
-            values = dict(loss=losses.all_sum(loss).item() / ranks.world_size)
-            check_health(config, progress, values, bad=0)
-            record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, **values,
-                          lr=lr, grad_norm=norm.item(), skipped=int(progress.skipped),
-                          loss_scale=scaler.get_scale(), **meter.read())
-            due = epoch_ends and evaluation_due(epoch, config)
-            results = {task: measure(model, test_set, config, amp)} if due else {}
-            if log:
-                log.write(record | evaluate.main_scores(results))
-            meter.restart(bar, values)
-            if epoch_ends or must or time.time() - saved_at > SAVE_SECONDS:
-                ended = epoch if epoch_ends else 0
-                save(config, stateful, progress, facts, results, ended, log, must)
-                saved_at = time.time()
-
-    signals.restore()
-    bar.close()
-    if progress.step == last_step:
-        result = results.get(task) or measure(model, test_set, config, amp)
-        finish(config, model, f"{task} {test_set.name}", result, log)
-    else:
-        print0(f"{signals.name or 'a signal or --steps'}: stopped after step {progress.step} of "
-               f"{last_step}; the same command without --steps resumes")
-    if log:
-        log.close()
+        run.progress.count(finite)
+        run.log_and_save(dict(loss=loss), lr, norm, task, evaluation)
+    run.finish(f"{task} {test_set.name}", evaluation)
 
 
 def measure(model, test_set, config, amp):
     """Scores of the middle of pictures whose shorter side is 256 / 224 of the model's size."""
     model.eval()
     size = model.config.image_size
-    resample = Image.BILINEAR if config.linear else Image.BICUBIC  # MoCo v3; BEiT
-    view = partial(data.center_crop, size=size, resample=resample, short=size * 256 // 224)
+    view = partial(data.center_crop, size=size, short=size * 256 // 224, resample=config.resample())
     with amp:
         logits = evaluate.encode_images(model, test_set.pictures, model, view)          # (n, C)
     metric = test_set.metric or "accuracy"

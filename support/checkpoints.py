@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from support.runtime import Log, print0
 
@@ -29,7 +28,7 @@ DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueErr
 class Progress:
     """What a run counts; saved in each checkpoint."""
     skipped: torch.Tensor   # steps without an update, because loss or gradient was not finite ...
-    in_a_row: torch.Tensor  # ... and how many of them were the last ones; stays at 10 once there
+    in_a_row: torch.Tensor  # ... and how many of them were the last ones
     step: int = 0           # steps done
     bad: int = 0            # unusable pairs of this rank; rank 0 adds those before a resume
     best: float = 0.0       # highest score of --eval-every
@@ -40,15 +39,14 @@ class Progress:
         for line in lines:
             self.bad += 1
             if self.bad <= 10:
-                tqdm.write(f"warning: bad pair, another takes its place: {line}")
+                print(f"warning: bad pair, another takes its place: {line}", flush=True)
                 self.bad_names.append(line)
 
     def count(self, finite):
         """One more step.  finite () bool on the device, for which nobody waits here."""
         self.step += 1
         self.skipped += ~finite
-        grown = (self.in_a_row + 1) * ~finite
-        self.in_a_row.copy_(torch.where(self.in_a_row < 10, grown, self.in_a_row))
+        self.in_a_row = (self.in_a_row + 1) * ~finite
 
 
 def checkpoint_state(modules, progress, bad, facts):
@@ -56,30 +54,26 @@ def checkpoint_state(modules, progress, bad, facts):
 
     modules: {name: what has a state_dict}; bad: unusable pairs of all ranks; facts: constants
     """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     counts = dict(step=progress.step, bad=bad, best=progress.best, skipped=progress.skipped.cpu(),
                   in_a_row=progress.in_a_row.cpu())
     states = {name: module.state_dict() for name, module in modules.items()}
-    return counts | facts | dict(rng=dict(cpu=torch.get_rng_state(), cuda=cuda)) | states
+    return counts | facts | states
 
 
 def restore(saved, modules, progress, ranks):
-    """Resume from what checkpoint_state gave."""
-    optimizer = modules["optimizer"]
-    fresh = [dict(group, params=()) for group in optimizer.param_groups]
+    """Resume from what checkpoint_state gave.
+
+    No state of random numbers is in it: all that is drawn in a step depends on the seed and the
+    step, or the pair, alone.
+    """
     for name, module in modules.items():
         if saved.get(name):  # the scaler's is empty but in fp16
             module.load_state_dict(saved[name])
-    for group, new in zip(optimizer.param_groups, fresh, strict=True):  # --force may change them
-        group.update({key: new[key] for key in ("weight_decay", "betas", "scale") if key in new})
     progress.step = saved["step"]
     progress.bad = saved["bad"] if ranks.rank == 0 else 0
     progress.best = saved["best"]
     progress.skipped.copy_(saved["skipped"])
     progress.in_a_row.copy_(saved["in_a_row"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if len(saved["rng"]["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
 
 
 def check_ranks_agree(step, fingerprint, ranks):

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -20,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, schedulers, SLURM
 
@@ -35,7 +35,7 @@ class Ranks:
     device: torch.device
     store: object = None        # a dictionary that all ranks share
     host_group: object = None   # lets the CPUs exchange small things while the GPUs work
-    n_first: int = 0            # calls of rank0_first
+    n_calls: int = 0            # of on_rank0
 
 
 def init_distributed(timeout_minutes=10.0):
@@ -85,24 +85,34 @@ def keep_freed_memory():
 
 
 def print0(text):
-    """Print a line on rank 0, above its progress bar."""
+    """Print a line on rank 0, at once, also into a file."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
+        print(text, flush=True)
+
+
+def on_rank0(function, ranks):
+    """Call function() on rank 0 alone.  -> its value on all ranks
+
+    The others poll without a time limit, because an evaluation can take long.
+    """
+    if ranks.world_size == 1:
+        return function()
+    ranks.n_calls += 1
+    key = f"on_rank0/{ranks.n_calls}"
+    if ranks.rank == 0:
+        ranks.store.set(key, pickle.dumps(function()))
+    while not ranks.store.check([key]):
+        time.sleep(0.2)
+    value = pickle.loads(ranks.store.get(key))
+    dist.barrier(ranks.host_group)  # rank 0 may hold the store: it stays until all have read
+    return value
 
 
 def rank0_first(function, ranks):
-    """Call function() on rank 0 and then on the others, which see what it wrote.  -> its value
-
-    The others poll without a time limit, because reading the headers of all shards can take long.
-    """
-    ranks.n_first += 1
-    key = f"rank0_first/{ranks.n_first}"
-    while ranks.rank > 0 and not ranks.store.check([key]):
-        time.sleep(0.2)
-    value = function()
-    if ranks.rank == 0 and ranks.world_size > 1:
-        ranks.store.set(key, "")
-    return value
+    """Call function() on rank 0 and then on the others, which see what it wrote.  -> its value"""
+    value = function() if ranks.rank == 0 else None
+    on_rank0(lambda: None, ranks)  # the others wait for it
+    return value if ranks.rank == 0 else function()
 
 
 def peak_memory_gib():
@@ -118,16 +128,13 @@ def peak_memory_gib():
 class SignalHandler:
     """SIGINT, SIGTERM or SIGUSR1 on any rank stops all ranks after the same step.
 
-    The ranks exchange whether they have a signal while the step computes, so the answer is one step
-    old and costs no waiting.  A second signal ends the process at once.
+    A second signal ends the process at once.
     """
 
     def __init__(self, ranks):
         self.group = ranks.host_group
         self.name = ""          # of the signal that this rank has received
         self.received_at = 0.0
-        self.flag = None
-        self.exchange = None
         for number in STOP_SIGNALS:
             signal.signal(number, self.receive)
 
@@ -145,23 +152,13 @@ class SignalHandler:
 
     def stop_requested(self):
         """Whether to stop after this step: one answer on all ranks, which call this once a step."""
-        if self.group is None:
-            return bool(self.name)
-        agreed = self.finish_exchange()
-        self.flag = torch.tensor(float(bool(self.name)))
-        self.exchange = dist.all_reduce(self.flag, group=self.group, async_op=True)
-        return agreed
-
-    def finish_exchange(self):
-        """Wait for the exchange that is under way.  -> whether any rank had a signal"""
-        if self.exchange is not None:
-            self.exchange.wait()
-        self.exchange = None
-        return self.flag is not None and bool(self.flag)
+        flag = torch.tensor(float(bool(self.name)))
+        if self.group is not None:
+            dist.all_reduce(flag, group=self.group)  # by the CPUs: no GPU is waited for
+        return bool(flag)
 
     def restore(self):
-        """End the exchange and give the signals their usual effect back."""
-        self.finish_exchange()
+        """Give the signals their usual effect back."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
@@ -183,18 +180,6 @@ def sync_gradients(student, wanted):
     if isinstance(student, DistributedDataParallel) and not wanted:
         return student.no_sync()
     return contextlib.nullcontext()
-
-
-def clip_gradients(model, largest=0.0):
-    """The norm () of all gradients, which are scaled down to `largest` if that is not 0.
-
-    No device is waited for.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # a frozen part has none
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if largest:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
-    return norm
 
 
 # ---------------------------------------------------------------- the log
@@ -273,22 +258,13 @@ class Log:
 class Meter:
     """Speed and memory between two lines of the log."""
 
-    def __init__(self, batch_size, done=0):
+    def __init__(self, batch_size, last_step):
         self.batch_size = batch_size
-        self.done = done  # steps of the run
+        self.last_step = last_step
         self.restart()
 
-    def restart(self, bar=None, values=None):
-        """Begin anew, after a line of the log: an evaluation before it does not count.
-
-        bar: tqdm's, which shows the values; if the output is no terminal, a line does.
-        """
-        if bar is not None:
-            text = " ".join(f"{name} {x:.2f}" for name, x in values.items())
-            text += f" {self.last_speed:.0f} pictures/s"
-            bar.set_postfix_str(text)
-            if bar.disable:
-                print0(f"step {self.done}/{bar.total} {text}")
+    def restart(self):
+        """Begin anew, after a line of the log: an evaluation before it does not count."""
         self.started = time.time()
         self.waited = 0.0
         self.steps = 0
@@ -299,15 +275,17 @@ class Meter:
         batch = next(batches)
         self.waited += time.time() - start
         self.steps += 1
-        self.done += 1
         return batch
 
-    def read(self):
-        """-> pictures (or pairs) per second, share of the time spent waiting for data, memory"""
+    def read(self, step, values):
+        """Print a line.  -> pictures (or pairs) per second, share of waiting for data, memory"""
         seconds = time.time() - self.started
-        self.last_speed = self.steps * self.batch_size / seconds
-        return dict(pictures_per_s=round(self.last_speed, 1),
-                    data_wait=round(self.waited / seconds, 3),
+        speed = self.steps * self.batch_size / seconds
+        text = " ".join(f"{name} {x:.2f}" for name, x in values.items())
+        minutes = (self.last_step - step) * self.batch_size / speed / 60
+        print0(f"step {step}/{self.last_step} {text}, {speed:.0f} pictures/s, "
+               f"{minutes:,.0f} min left")
+        return dict(pictures_per_s=round(speed, 1), data_wait=round(self.waited / seconds, 3),
                     memory_gib=round(peak_memory_gib(), 2))
 
 

@@ -3,14 +3,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import replace
-from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, answer, finish, start
+from helpers import SMALL, answer
 from PIL import Image
 
 import data
@@ -403,44 +402,3 @@ def test_slip_s_templates_of_imagenet(tiny, tmp_path, monkeypatch, capsys):
     _, lines, _ = run(monkeypatch, capsys, "--zeroshot", "imagenet", "--templates", 7)
     assert lines[2].startswith("zeroshot imagenet") and lines[2].split()[4] == "37.6"
     assert evaluate.read_results("runs/one")[0]["protocol"]["templates"] == 7
-
-
-# ---------------------------------------------------------------- several ranks
-
-def encode_on(rank, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank,
-                                         world_size=3, timeout=timedelta(seconds=60))
-    seen = []
-
-    def encode(items):
-        seen.extend(items)
-        if "bad" in items:
-            raise ValueError("cannot read bad")
-        return torch.tensor([[item, -item] for item in items])
-    for n in (7, 2):
-        assert evaluate.shared_out(encode, list(range(n))).tolist() == [[i, -i] for i in range(n)]
-    assert seen == [*range(7)[rank::3], *range(2)[rank::3]]  # each is encoded once
-    with pytest.raises(ValueError, match="cannot read bad"):  # on all ranks: none waits
-        evaluate.shared_out(encode, [20, "bad", 21])
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_share_a_set_without_padding(tmp_path):
-    """7 and 2 items on three ranks: all rows in order everywhere."""
-    torch.multiprocessing.start_processes(encode_on, (tmp_path / "meeting",), nprocs=3,
-                                          start_method="fork")
-
-
-@pytest.mark.slow
-def test_two_ranks_score_as_one(tiny, coloured, tmp_path):
-    """The same lines are printed and kept, once."""
-    words = ["evaluate.py", "--zeroshot", "mine", "--linear", "mine", "--root", coloured]
-    said = []
-    for ranks in (0, 2):
-        path = tmp_path / str(ranks) / "last.pt"
-        save(*tiny, path)
-        code, out, err = finish(start(*words, "--checkpoint", path, ranks=ranks))
-        assert code == 0, err
-        records = evaluate.read_results(path.parent)
-        said.append((out.replace(str(path), ""), [(r["task"], r["scores"]) for r in records]))
-    assert said[0] == said[1] and len(said[0][1]) == 2

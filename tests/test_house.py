@@ -11,7 +11,7 @@ SUPPORT = tuple(f"support.{path.stem}" for path in sorted((ROOT / "support").glo
 ARROWS = {
     "losses": (), "tokenizer": (),
     "support.settings": (), "support.runtime": (), "support.shards": (),
-    "support.ranks": (), "support.probe": (), "support.pictures": (),
+    "support.probe": (), "support.pictures": (),
     "support.checkpoints": ("support.runtime",), "support.demo": ("support.shards",),
     "model": (),
     "data": ("tokenizer", "support.shards", "support.demo", "support.pictures"),
@@ -19,11 +19,12 @@ ARROWS = {
     "support.testsets": ("data", "support.shards", "support.demo"),
     "support.results": ("support.testsets", "support.weights"),
     "evaluate": ("data", "model", "tokenizer", "support.weights", "support.testsets",
-                 "support.ranks", "support.results", "support.probe", "support.runtime"),
+                 "support.results", "support.probe", "support.runtime"),
     "train": (*CORE[:5], *SUPPORT),
     "tools.readers": ("data", *SUPPORT),
     "tools.prepare": ("data", "tokenizer", "tools.readers", *SUPPORT),
-    "tools.plots": ("data", "model", "evaluate", *SUPPORT), "tools.compare": ("evaluate", *SUPPORT),
+    "tools.plots": ("data", "model", "evaluate", "tools.compare", *SUPPORT),
+    "tools.compare": ("evaluate", "train", *SUPPORT),
     "tools.export": ("data", "evaluate", "model", "tokenizer", *SUPPORT),
     "tools.bench": (*CORE, *SUPPORT),
     "downstream.finetune": (*CORE, *SUPPORT),
@@ -59,13 +60,13 @@ def test_the_arrows_are_those_of_the_design():
 def test_the_sizes_are_those_of_an_evening():
     lines = {room: len(file.read_text().splitlines()) for room, file in rooms().items()}
     assert sum(lines[room] for room in CORE) <= 2600 and max(lines[room] for room in CORE) <= 620
-    assert sum(lines.values()) - lines["tools.bench"] <= 7250  # may only fall: 5,600 is the aim
+    assert sum(lines.values()) - lines["tools.bench"] <= 6950  # may only fall: 5,600 is the aim
     tests = sum(len(file.read_text().splitlines()) for file in (ROOT / "tests").glob("*.py"))
     assert tests <= 5450  # 5,000 is the aim
 
 
 @pytest.mark.parametrize("name", ["ema_update", "update_center", "backward", "step", "clamp_",
-                                  "write", "try_save", "evaluate_run", "stop_requested"])
+                                  "write", "try_save", "on_rank0", "stop_requested"])
 def test_every_side_effect_of_a_step_is_in_the_loop(name):
     """Within 90 consecutive lines of one function, with the sum of the losses in sight."""
     tree = ast.parse((ROOT / "train.py").read_text())

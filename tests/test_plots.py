@@ -31,7 +31,7 @@ def save_run(folder, method="maskclip", **config):
     model = models.build(dataclasses.replace(SMALL, method=method, vocab_size=len(VOCABULARY)))
     torch.nn.init.normal_(model.visual.pos_embed)  # fresh features are all alike
     torch.save(dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config),
-                    tokenizer=MERGES, config=dict(data=["world"], lr=0.125) | config,
+                    tokenizer=MERGES, config=dict(data=["world"], mask_ratio=0.6) | config,
                     made_by=[dict(commit="first"), dict(commit="newest")]), folder / "last.pt")
     lines = [json.dumps(dict(step=i, image=4 / i, text=None if i == 3 else 5 / i, skipped=0)) + "\n"
              for i in range(1, 21)]
@@ -51,24 +51,38 @@ def retrieval_set(folder):
     return folder
 
 
-def test_the_mask_covers_exactly_the_hidden_patches(monkeypatch):
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A model, its tokenizer, a retrieval set; sheets are returned as (title, rows)."""
     monkeypatch.setattr(plots, "sheet", lambda title, rows: (title, rows))
-    state = dict(model_config=dataclasses.asdict(SMALL), config=dict(mask_ratio=0.6))
-    _, [row] = plots.mask_sheet([("a.png", Image.new("RGB", (90, 50), (200, 30, 30)))], state)
-    grid = SMALL.grid
-    expected = [data.block_mask((grid, grid), 0.6, np.random.default_rng(0)),
-                data.random_mask(grid ** 2, 0.6, np.random.default_rng(0))]
-    for (_, picture), mask in zip(row[1:], expected, strict=True):
-        hidden = np.kron(mask.reshape(grid, grid), np.ones((plots.SIDE // grid,) * 2))
-        assert (np.array(picture)[:, :, 1] == np.where(hidden, 200, 30)).all()  # green
+    model, tokenizer = evaluate.load_model(save_run(tmp_path) / "last.pt")
+    folder = retrieval_set(tmp_path / "val")
+    return model, tokenizer, folder, *testsets.karpathy(folder)
 
 
-def test_codewords_are_the_nearest_of_a_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "sheet", lambda title, rows: (title, rows))
-    model, _ = evaluate.load_model(save_run(tmp_path) / "last.pt")
-    pictures = [Image.effect_noise((60, 40), 99).convert("RGB") for _ in range(3)]
-    _, [row] = plots.codeword_sheet(model, [("a.png", picture) for picture in pictures])
-    features = model.visual(plots.pixels(model, pictures))[:, 1:].flatten(0, 1)
+def pixels(model, paths):
+    """Pictures as the model sees them in an evaluation."""
+    view = evaluate.evaluation_view(model.config)
+    return data.normalize(torch.stack([torch.tensor(np.array(view(Image.open(path))))
+                                       for path in paths]))
+
+
+def test_the_mask_covers_exactly_the_hidden_patches(world):
+    _, [[_, (_, block), (_, random)]] = plots.mask_sheet(world[3][:1], 4, 0.6)  # a red picture
+    for picture, mask in ((block, data.block_mask((4, 4), 0.6, np.random.default_rng(0))),
+                          (random, data.random_mask(16, 0.6, np.random.default_rng(0)))):
+        hidden = np.kron(mask.reshape(4, 4), np.ones((56, 56)))
+        assert (np.array(picture)[:, :, 1] == 200 * hidden).all()  # green
+
+
+@torch.no_grad()
+def test_codewords_are_the_nearest_of_a_loop(world, tmp_path):
+    model, *_ = world
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths:
+        Image.effect_noise((60, 40), 99).convert("RGB").save(path)
+    _, [row] = plots.codeword_sheet(model, paths)
+    features = model.visual(pixels(model, paths))[:, 1:].flatten(0, 1)
     ids = F.cosine_similarity(features[:, None], model.codewords.weight, dim=2).argmax(1).tolist()
     counts = collections.Counter(ids)
     frequent = sorted(counts, key=lambda number: (-counts[number], number))[:8]
@@ -78,31 +92,28 @@ def test_codewords_are_the_nearest_of_a_loop(tmp_path, monkeypatch):
         assert bytes(colour).hex() == colours.get(number, "#c8c8c8")[1:]
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_word_maps_are_centred_similarities(n, tmp_path):
-    model, tokenizer = evaluate.load_model(save_run(tmp_path) / "last.pt")
-    picture = Image.open(retrieval_set(tmp_path / "val") / "images/0.png")
-    words = plots.words_of("A red star, above the blue; red circle.")
-    assert words == ["red", "star", "blue", "circle"]
-    with torch.no_grad():
-        patches = model.encode_patches(plots.pixels(model, [picture]))[0]
-    classifier = evaluate.zeroshot_classifier(model, tokenizer, words[:n], ["{}", "a {}"])
+@pytest.mark.parametrize("words", [["red", "star"], ["red", "star", "blue", "x"]])
+@torch.no_grad()
+def test_word_maps_are_centred_similarities(words, world):
+    model, tokenizer, _, paths, *_ = world
+    patches = model.encode_patches(pixels(model, paths[:1]))[0]
+    classifier = evaluate.zeroshot_classifier(model, tokenizer, words, ["{}", "a {}"])
     expected = F.cosine_similarity(classifier[:, None], patches, dim=2).numpy()
-    expected -= expected.mean(0) if n > 2 else 0
+    expected -= expected.mean(0) if len(words) > 2 else 0
     expected -= expected.mean(1, keepdims=True)
-    maps = plots.word_maps(model, tokenizer, picture, words[:n])
-    assert np.allclose(maps.reshape(n, -1), expected, atol=1e-5)
+    maps = plots.word_maps(model, tokenizer, paths[0], words)
+    assert np.allclose(maps.reshape(len(words), -1), expected, atol=1e-5)
+    caption = f"A {words[0]} picture, above the {'; '.join(words)}."  # each word once
+    _, [_, row] = plots.heatmap(model, tokenizer, paths[:1], caption)
+    assert [name for name, _ in row] == ["0.png", *words]
 
 
-def test_neighbours_are_those_of_a_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "sheet", lambda title, rows: (title, rows))
-    model, tokenizer = evaluate.load_model(save_run(tmp_path) / "last.pt")
-    folder = retrieval_set(tmp_path / "val")
+@torch.no_grad()
+def test_neighbours_are_those_of_a_loop(world):
+    model, tokenizer, folder, paths, texts, picture_of_text = world
     _, rows = plots.neighbour_sheet(model, tokenizer, folder)
-    paths, texts, picture_of_text = testsets.karpathy(folder)
-    with torch.no_grad():
-        images = model.encode_image(plots.pixels(model, [Image.open(path) for path in paths]))
-        sentences = [model.encode_text(tokenizer([text], 40))[0] for text in texts]
+    images = model.encode_image(pixels(model, paths))
+    sentences = [model.encode_text(tokenizer([text], 40))[0] for text in texts]
     similarity = F.normalize(images, dim=1) @ F.normalize(torch.stack(sentences), dim=1).T
     lines = iter(rows)
     for text in (0, 2, 4, 6, 9):  # of ten
@@ -115,7 +126,7 @@ def test_neighbours_are_those_of_a_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words,key", [
-    (["heatmap", "A", "a the"], "word"), (["heatmap", "A"], "caption"),
+    (["heatmap", "A", "a the"], "word"), (["heatmap", "A"], "picture"),
     (["heatmap", "A", "red", "--checkpoint", "MAE"], "text encoder"),
     (["codewords", "A", "--checkpoint", "MAE"], "codewords"), (["masks", "MAE"], "last.pt"),
     (["neighbours", "nowhere"], "nowhere"), (["report", "nowhere"], "last.pt")])

@@ -185,7 +185,7 @@ def test_windows_cover_a_picture_and_are_averaged(height, width):
     def model(window):  # each window has an answer of its own
         assert window.shape[2:] == (8, 8)
         seen.append(window)
-        return torch.full((1, 2, 8, 8), float(len(seen)))
+        return torch.full((1, 2, 8, 8), float(len(seen))), None
     out = segment.slide(model, torch.randn(1, 3, height, width), 8, 5)
     total, count, number = torch.zeros(height, width), torch.zeros(height, width), 0
     for i in range(max(height - 8 + 4, 0) // 5 + 1):  # mmsegmentation's grid

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tarfile
+import time
 from dataclasses import fields
 
 import numpy as np
@@ -47,29 +48,63 @@ def same_machine():
                                                        torch.backends.cpu.get_cpu_capability())
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name == "maskclip whole" else pytest.mark.slow)
-    for name in GOLDEN["runs"]])
-def test_the_first_twenty_steps_are_those_of_the_golden_file(tmp_path, name):
+def assert_golden(name, out):
     """Losses and gradient norms: bit for bit on one machine and torch, else within 1 %."""
-    method, kind = name.split(" ")
-    draw_pairs(tmp_path / "pairs", 160)
-    given = dict(method=method, epochs=2, batch_size=16, micro_batch=8 if kind == "parts" else 0)
-    if kind != "ranks":
-        run_training(tmp_path / "pairs", tmp_path / "run", **given)
-    else:
-        words = [x for name, value in given.items() for x in ("--" + name.replace("_", "-"), value)]
-        code, _, err = finish(start(
-            "train.py", "--data", tmp_path / "pairs", "--recipe", "demo", "--out", tmp_path / "run",
-            "--workers", 0, "--log-every", 1, "--vocab-size", 600, *words, ranks=2))
-        assert code == 0, err
-    log = log_lines(tmp_path / "run")
+    log = log_lines(out)
     for term, expected in GOLDEN["runs"][name].items():
         values = [line[term] for line in log]
         if same_machine():
             assert values == expected, term
         else:
             assert values == pytest.approx(expected, rel=0.01), term
+
+
+@pytest.mark.parametrize("kind", ["whole", pytest.param("parts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [
+    pytest.param(name, marks=[] if name == "maskclip" else pytest.mark.slow) for name in METHODS])
+def test_the_first_twenty_steps_are_those_of_the_golden_file(tmp_path, method, kind):
+    draw_pairs(tmp_path / "pairs", 160)
+    run_training(tmp_path / "pairs", tmp_path / "run", method=method, epochs=2, batch_size=16,
+                 micro_batch=8 if kind == "parts" else 0)
+    assert_golden(f"{method} {kind}", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_first_twenty_steps_on_two_ranks_are_those_of_the_golden_file(tmp_path):
+    draw_pairs(tmp_path / "pairs", 160)
+    on_two_ranks(train_small, [
+        dict(shards=str(tmp_path / "pairs"), out=str(tmp_path / method), method=method, epochs=2,
+             batch_size=16) for method in METHODS], tmp_path)
+    for method in METHODS:
+        assert_golden(f"{method} ranks", tmp_path / method)
+
+
+def train_small(**given):
+    train.train(small_config(**given))
+
+
+def rank_process(rank, function, runs, folder):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    values = []
+    for number, given in enumerate(runs):
+        path = folder / f"port-{number}"
+        if rank == 0:  # which chooses where the ranks meet
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                (folder / "port").write_text(str(free.getsockname()[1]))
+            (folder / "port").rename(path)
+        while not path.exists():
+            time.sleep(0.05)
+        os.environ["MASTER_PORT"] = path.read_text()
+        values.append(function(**given))
+        dist.destroy_process_group()
+    torch.save(values, folder / f"{rank}.pt")
+
+
+def on_two_ranks(function, runs, folder):
+    """function(**given) for each of runs, on two ranks that meet anew.  -> their values, by rank"""
+    torch.multiprocessing.spawn(rank_process, (function, runs, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 # ---------------------------------------------------------------- settings and schedules
@@ -165,25 +200,11 @@ def assert_equal_gradients(one, two):
 def test_a_step_in_parts_equals_the_whole(shards, tmp_path, method):
     """GradCache: all gradients, SimCLR's behind its batch norm too; uneven masked words."""
     whole = gradients(shards, tmp_path / "whole", method=method)
-    for size in (2,):
-        parts = gradients(shards, tmp_path / str(size), method=method, micro_batch=size)
-        assert_equal_gradients(whole, parts)
-        one, two = log_lines(tmp_path / "whole")[1], log_lines(tmp_path / str(size))[1]
-        assert [one[term] for term in TERMS[method]] == pytest.approx(
-            [two[term] for term in TERMS[method]], rel=1e-5)
-
-
-def rank_process(rank, shards, folder, ports, methods):
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    runs = [(method, size) for method in methods for size in (0, 2)]
-    caught = {}
-    for port, (method, size) in zip(ports, runs, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        caught[method, size] = gradients(shards, f"{folder}/{method}-{size}", method=method,
-                                         micro_batch=size)
-        dist.destroy_process_group()
-    torch.save(caught, f"{folder}/{rank}.pt")
+    parts = gradients(shards, tmp_path / "parts", method=method, micro_batch=2)
+    assert_equal_gradients(whole, parts)
+    one, two = log_lines(tmp_path / "whole")[1], log_lines(tmp_path / "parts")[1]
+    assert [one[term] for term in TERMS[method]] == pytest.approx(
+        [two[term] for term in TERMS[method]], rel=1e-5)
 
 
 @pytest.mark.parametrize("methods", [
@@ -191,19 +212,13 @@ def rank_process(rank, shards, folder, ports, methods):
                                marks=pytest.mark.slow)])
 def test_two_ranks_have_the_gradients_of_one(shards, tmp_path, methods):
     """Under DDP, and in parts; DDP averages in the last backward pass alone."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2 * len(methods))]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    torch.multiprocessing.spawn(rank_process, (str(shards), str(tmp_path), ports, methods),
-                                nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for method in methods:
-        expected = gradients(shards, tmp_path / method, method=method)
-        for caught in ranks:
-            for size in (0, 2):
-                assert_equal_gradients(expected, caught[method, size])
+    runs = [dict(shards=str(shards), out=f"{tmp_path}/{method}-{size}", method=method,
+                 micro_batch=size) for method in methods for size in (0, 2)]
+    ranks = on_two_ranks(gradients, runs, tmp_path)
+    expected = {method: gradients(shards, tmp_path / method, method=method) for method in methods}
+    for caught in ranks:
+        for given, found in zip(runs, caught, strict=True):
+            assert_equal_gradients(expected[given["method"]], found)
 
 
 def test_parts_of_a_batch_hold_their_own_masked_words():
@@ -262,12 +277,11 @@ def test_overfits_16_pairs_to_zero_shot_100(tmp_path):
 def test_four_steps_are_two_and_two_bit_for_bit(shards, tmp_path):
     run_training(shards, tmp_path / "whole", steps=4)
     run_training(shards, tmp_path / "parts", steps=2)
-    torch.manual_seed(99)
+    torch.manual_seed(99)  # torch's own random numbers play no part
     run_training(shards, tmp_path / "parts", steps=4)
     assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
     one, two = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert same_weights(one, two) and one["teacher"]["center"].abs().sum() > 0
-    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
     assert len(one["made_by"]) == 1 and len(two["made_by"]) == 2  # the code of each start
 
 
@@ -298,10 +312,8 @@ def test_force_changes_settings_but_not_the_model(shards, tmp_path):
     run_training(shards, tmp_path, steps=2)
     with pytest.raises(ValueError, match="--method"):
         run_training(shards, tmp_path, method="clip", force=True)
-    log = run_training(shards, tmp_path, lr=0.0, weight_decay=0.7, force=True, steps=3)
+    log = run_training(shards, tmp_path, lr=0.0, force=True, steps=3)
     assert log[2]["lr"] < 1e-5
-    groups = saved(tmp_path)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
 
 
 def test_resume_from_a_path(shards, tmp_path):
@@ -338,14 +350,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(shards, tmp_pa
     assert log[-1]["skipped"] == 1 and log[-1]["step"] == 8
 
 
-@pytest.mark.parametrize("log_every", [4, 14])  # though others came after
 def test_ten_steps_that_are_not_finite_end_the_run_and_spare_the_checkpoint(
-        shards, tmp_path, monkeypatch, log_every):
+        shards, tmp_path, monkeypatch):
     run_training(shards, tmp_path, batch_size=4, steps=2)
     before = (tmp_path / "last.pt").read_bytes()
     spoil_mlm_loss(monkeypatch, range(1, 11))
     with pytest.raises(ValueError, match="finite"):
-        run_training(shards, tmp_path, batch_size=4, log_every=log_every)
+        run_training(shards, tmp_path, batch_size=4, log_every=4)
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
@@ -380,7 +391,7 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_halves_the_scale(shards, t
 def test_the_gradients_norm_is_cut(shards, tmp_path):
     """A cut does nothing to Adam's direction, so the gradients that it gets are looked at."""
     norms = {}
-    for name, largest in dict(free=0.0, cut=0.5).items():
+    for name, largest in dict(free=math.inf, cut=0.5).items():
         caught = gradients(shards, tmp_path / name, grad_clip=largest)
         norms[name] = torch.nn.utils.get_total_norm(caught).item()
     assert norms["free"] > 0.5 and norms["cut"] == pytest.approx(0.5, rel=1e-3)

@@ -17,53 +17,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import evaluate
 from support.runtime import run_program
-from tokenizer import EOT, MASK, SOT, Tokenizer
+from tokenizer import MASK, Tokenizer
 
 # Parts of our names -> theirs, replaced in this order.
-CLIP_NAMES = (("blocks.", "transformer.resblocks."), ("norm1", "ln_1"), ("norm2", "ln_2"),
-              ("qkv.", "in_proj_"), ("attn.proj", "attn.out_proj"), ("fc1", "c_fc"),
-              ("fc2", "c_proj"), ("norm.", "ln_final."), ("pos_embed", "positional_embedding"))
-HF_NAMES = (("blocks.", "encoder.layers."), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
+CLIP_NAMES = (("text.norm.", "ln_final."), ("text.blocks.", "transformer.resblocks."),
+              ("text.pos_embed", "positional_embedding"), ("text.token", "token"),
+              ("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv.", "in_proj_"),
+              ("attn.proj", "attn.out_proj"), ("fc1", "c_fc"), ("fc2", "c_proj"))
+HF_NAMES = (("visual.norm.", "vision_model.post_layernorm."), ("visual.", "vision_model."),
+            ("text.norm.", "text_model.final_layer_norm."), ("text.", "text_model."),
+            ("blocks.", "encoder.layers."), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
             ("attn.", "self_attn."), ("attn.proj", "attn.out_proj"), ("norm_pre", "pre_layrnorm"),
             ("cls_token", "embeddings.class_embedding"),
             ("pos_embed", "embeddings.position_embedding.weight"),
             ("patch_embed.proj", "embeddings.patch_embedding"),
-            ("token_embedding", "embeddings.token_embedding"))
+            ("token_embedding", "embeddings.token_embedding"),
+            ("image_projection", "visual_projection"))
 
 
-def renamed(weights, prefix, *renames):
-    """{our name: tensor} -> {prefix + name after all renames: tensor}"""
+def renamed(weights, renames):
+    """{our name: tensor} -> {name after all renames: tensor}"""
     theirs = {}
     for name, tensor in weights.items():
         for ours, new in renames:
             name = name.replace(ours, new)
-        theirs[prefix + name] = tensor
+        theirs[name] = tensor
     return theirs
 
 
 def image_weights(model, patch_bias):
     """The image tower in float32.  Without patch_bias, that bias is in the positions (exact)."""
-    image = {name: x.float().clone() for name, x in model.visual.state_dict().items()}
-    bias = image.pop("patch_embed.proj.bias", torch.zeros(model.config.width))
-    if patch_bias:
-        return image | {"patch_embed.proj.bias": bias}
-    image["pos_embed"][:, 1:] += bias
+    image = {name: x.float() for name, x in model.visual.state_dict().items()}
+    if "patch_embed.proj.bias" in image and not patch_bias:
+        bias = image.pop("patch_embed.proj.bias")
+        first, patches = image["pos_embed"].tensor_split([1], 1)
+        image["pos_embed"] = torch.cat([first, patches + bias], 1)
     return image
 
 
 def text_weights(model):
-    """Those of the text tower without [MASK], the last row of its vocabulary: no caption has it."""
-    text = {name: x.float() for name, x in model.text.state_dict().items()}
-    text["token_embedding.weight"] = text["token_embedding.weight"][:-1]
-    return text
+    """The text tower in float32, and the projections to the joint space.
+
+    [MASK], the last row of the vocabulary, is left out: no caption has it.
+    """
+    parts = ("text.", "text_projection", "image_projection", "logit_scale")
+    text = {name: x.float() for name, x in model.state_dict().items() if name.startswith(parts)}
+    return text | {"text.token_embedding.weight": text["text.token_embedding.weight"][:-1]}
 
 
 def tokenizer_files(tokenizer, context_length):
     """Hugging Face's CLIPTokenizer, without [MASK]."""
     vocabulary = {symbol: i for symbol, i in tokenizer.ids.items() if symbol != MASK}
     merges = "".join(f"{left} {right}\n" for left, right in tokenizer.merges)
-    settings = dict(tokenizer_class="CLIPTokenizer", bos_token=SOT, eos_token=EOT, unk_token=EOT,
-                    pad_token=EOT, do_lower_case=True, model_max_length=context_length)
+    settings = dict(tokenizer_class="CLIPTokenizer", model_max_length=context_length)
     return {"vocab.json": vocabulary, "merges.txt": f"#version: 0.2\n{merges}",
             "tokenizer_config.json": settings}
 
@@ -102,31 +108,27 @@ def to_hugging_face(model, tokenizer, out):
     if not c.pre_norm:
         scale = 2.0 ** -40
         for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
-            image[name] *= scale
+            image[name] = image[name] * scale
         image["norm_pre.weight"] = torch.full((c.width,), c.image_norm_eps ** 0.5 / scale)
         image["norm_pre.bias"] = torch.zeros(c.width)
         print("note: some weights are about 1e-14: use this export in float32 or bfloat16, and do "
               "not train it further")
-    weights = renamed(image, "vision_model.", ("norm.", "post_layernorm."), *HF_NAMES)
-    text = text_weights(model)
-    weights |= renamed(text, "text_model.", ("norm.", "final_layer_norm."), *HF_NAMES)
+    weights = text_weights(model) | {f"visual.{name}": x for name, x in image.items()}
+    weights = renamed(weights, HF_NAMES)
     for name in list(weights):
         if ".qkv." in name:
-            parts = zip(("q_proj", "k_proj", "v_proj"), weights.pop(name).chunk(3), strict=True)
-            weights |= {name.replace("qkv", part): x for part, x in parts}
-    weights["visual_projection.weight"] = model.image_projection.weight
-    weights["text_projection.weight"] = model.text_projection.weight
-    weights["logit_scale"] = model.logit_scale
-
-    def tower(width, depth, heads, eps, quick_gelu):
-        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
-                    num_attention_heads=heads, layer_norm_eps=eps,
-                    hidden_act="quick_gelu" if quick_gelu else "gelu")
-    vision = tower(c.width, c.depth, c.heads, c.image_norm_eps, c.quick_gelu[0])
-    vision |= dict(image_size=c.image_size, patch_size=c.patch_size)
-    text = tower(c.text_width, c.text_depth, c.text_heads, 1e-5, c.quick_gelu[1])
-    text |= dict(vocab_size=c.vocab_size - 1, max_position_embeddings=c.context_length,
-                 bos_token_id=tokenizer.sot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
+            for part, x in zip("qkv", weights.pop(name).chunk(3)):
+                weights[name.replace("qkv", f"{part}_proj")] = x
+    activation = {True: "quick_gelu", False: "gelu"}
+    vision = dict(hidden_size=c.width, intermediate_size=4 * c.width, num_hidden_layers=c.depth,
+                  num_attention_heads=c.heads, layer_norm_eps=c.image_norm_eps,
+                  hidden_act=activation[c.quick_gelu[0]], image_size=c.image_size,
+                  patch_size=c.patch_size)
+    text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width,
+                num_hidden_layers=c.text_depth, num_attention_heads=c.text_heads,
+                layer_norm_eps=1e-5, hidden_act=activation[c.quick_gelu[1]],
+                vocab_size=c.vocab_size - 1, max_position_embeddings=c.context_length,
+                bos_token_id=tokenizer.sot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
     config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=c.embed_dim,
                   vision_config=vision, text_config=text)
     view = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=c.image_size),
@@ -144,18 +146,16 @@ def to_open_clip(model, tokenizer, out):
     timm's, by the path of the folder, which also holds timm's config.json.
     """
     c = model.config
-    timm_files = to_timm(model, tokenizer, out)
-    weights = renamed(timm_files["model.safetensors"], "visual.trunk.")
-    weights["visual.head.proj.weight"] = model.image_projection.weight
-    weights |= renamed(text_weights(model), "", *CLIP_NAMES)
-    weights["text_projection"] = model.text_projection.weight.T
-    weights["logit_scale"] = model.logit_scale
+    files = to_timm(model, tokenizer, out)
+    weights = {f"visual.trunk.{name}": x for name, x in files.pop("model.safetensors").items()}
+    weights |= renamed(text_weights(model), CLIP_NAMES)
+    weights["visual.head.proj.weight"] = weights.pop("image_projection.weight")
+    weights["text_projection"] = weights.pop("text_projection.weight").T
     vision = dict(image_size=c.image_size, timm_model_name=f"local-dir:{out.resolve()}",
                   timm_pool="token", timm_proj="linear")
     print(f"note: if you move {out}, change timm_model_name in its open_clip_config.json")
     text = dict(context_length=c.context_length, vocab_size=c.vocab_size - 1, width=c.text_width,
                 heads=c.text_heads, layers=c.text_depth)
-    files = {"config.json": timm_files["config.json"]}
     if len(tokenizer) != 49409 or tokenizer.merges != Tokenizer.clip().merges:
         text["hf_tokenizer_name"] = "."  # any name: of a local-dir, open_clip reads the folder
         files |= tokenizer_files(tokenizer, c.context_length)
@@ -163,8 +163,8 @@ def to_open_clip(model, tokenizer, out):
                   text_cfg=text)
     view = dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, interpolation=c.interpolation,
                 resize_mode="shortest")
-    files["open_clip_config.json"] = dict(model_cfg=towers, preprocess_cfg=view)
-    return files | {"open_clip_model.safetensors": weights}
+    return files | {"open_clip_config.json": dict(model_cfg=towers, preprocess_cfg=view),
+                    "open_clip_model.safetensors": weights}
 
 
 FORMATS = dict(timm=to_timm, hf=to_hugging_face, open_clip=to_open_clip)

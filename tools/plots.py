@@ -14,25 +14,24 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from html import escape
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import evaluate
-import model as models
 from support import testsets
 from support.checkpoints import load_checkpoint
-from support.results import file_sha256, read_results, table
 from support.runtime import run_program, sentence_of
 from support.shards import atomic_write
+from tools.compare import read_run
 
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
@@ -55,7 +54,7 @@ def sheet(title, rows):
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(16)
     top = 0
-    for line, height in zip(lines, heights, strict=True):
+    for line, height in zip(lines, heights):
         if isinstance(line, str):
             pen.text((0, top), line, "black", font)
         else:
@@ -67,115 +66,99 @@ def sheet(title, rows):
     return image
 
 
-def pixels(model, pictures):
-    """PIL pictures as the model sees them in an evaluation: (n, 3, H, W), normalised."""
-    view = evaluate.evaluation_view(model.config)
-    images = np.stack([np.array(view(picture)) for picture in pictures])
-    return data.normalize(torch.from_numpy(images).to(next(model.parameters()).device))
+def view(path):
+    """The middle of a picture file, for a sheet."""
+    return data.center_crop(testsets.load_picture(path), SIDE)
 
 
-def words_of(caption):
-    """The words of a caption that may name something in a picture, each once."""
-    words = [word.strip(".,;:!?\"'") for word in caption.lower().split()]
-    return [word for word in dict.fromkeys(words) if word and word not in STOP_WORDS]
-
-
-@torch.no_grad()
-def word_maps(model, tokenizer, picture, words):
-    """The similarity of each patch to each word -> (words, grid, grid) float32.
+def word_maps(model, tokenizer, path, words):
+    """The similarity of each patch of a picture to each word -> (words, grid, grid) float32.
 
     Less the word's mean over the picture (where is it?) and, of more than two words, less the
     patch's mean over the words (which one is it?); of two, each would be the other's negative.
     """
     classifier = evaluate.zeroshot_classifier(model, tokenizer, words, ("{}", "a {}"))  # (words, E)
-    patches = model.encode_patches(pixels(model, [picture]))[0]                         # (N, E)
-    maps = classifier @ F.normalize(patches.float().cpu(), dim=1).T                     # (words, N)
+    patches = evaluate.encode_images(model.encode_patches, [path], model)[0]            # (N, E)
+    maps = classifier @ F.normalize(patches, dim=1).T                                   # (words, N)
     if len(words) > 2:
         maps = maps - maps.mean(0)
     maps = maps - maps.mean(1, keepdim=True)
     return maps.view(-1, model.config.grid, model.config.grid).numpy()
 
 
-def heatmap(model, tokenizer, named, caption):
-    """Word maps of a caption's words.  named: [(name, PIL picture)]"""
-    words = words_of(caption)
-    if not words:
-        raise ValueError(f"the caption {caption!r} has no word to look for in a picture")
+def heatmap(model, tokenizer, paths, caption):
+    """Word maps of a caption's words, each word once, over each picture."""
+    words = [word for word in dict.fromkeys(re.findall(r"[\w'-]+", caption.lower()))
+             if word not in STOP_WORDS]
+    if not paths or not words:
+        raise ValueError(f"heatmap needs a picture, and a word to look for in {caption!r}")
     rows = [caption]
-    for name, picture in named:
-        view = data.center_crop(picture, SIDE)
-        row = [(name, view)]
-        for word, values in zip(words, word_maps(model, tokenizer, picture, words), strict=True):
-            smooth = np.array(Image.fromarray(values).resize(view.size, Image.BICUBIC))
+    for path in paths:
+        picture = view(path)
+        row = [(Path(path).name, picture)]
+        for word, values in zip(words, word_maps(model, tokenizer, path, words)):
+            smooth = np.array(Image.fromarray(values).resize(picture.size, Image.BICUBIC))
             level = (smooth - values.min()) / (values.max() - values.min() + 1e-9)
             level = level.clip(0, 1) * (len(VIRIDIS) - 1)
             colours = [np.interp(level, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
             colours = Image.fromarray(np.stack(colours, -1).astype(np.uint8))
-            row.append((word, Image.blend(view, colours, 0.7)))
+            row.append((word, Image.blend(picture, colours, 0.7)))
         rows.append(row)
     return sheet("Where the words are: from blue (lowest of a map) to yellow (highest)", rows)
 
 
-def mask_sheet(named, state):
-    """What masks hide from the student.  named: [(name, picture)]; state: a checkpoint's dict."""
-    grid = models.ModelConfig(**state.get("model_config", {})).grid
-    ratio = state.get("config", {}).get("mask_ratio", 0.75)  # paper
+def mask_sheet(paths, grid, ratio):
+    """What masks of grid x grid patches hide from the student."""
     rows = []
-    for i, (name, picture) in enumerate(named):
-        view = data.center_crop(picture, SIDE)
-        grey = Image.new("RGB", view.size, "#c8c8c8")
-        masks = {"block": data.block_mask((grid, grid), ratio, np.random.default_rng(i)),
-                 "random": data.random_mask(grid ** 2, ratio, np.random.default_rng(i))}
-        row = [(name, view)]
+    for i, path in enumerate(paths):
+        picture = view(path)
+        grey = Image.new("RGB", picture.size, "#c8c8c8")
+        row = [(Path(path).name, picture)]
+        masks = dict(block=data.block_mask((grid, grid), ratio, np.random.default_rng(i)),
+                     random=data.random_mask(grid ** 2, ratio, np.random.default_rng(i)))
         for kind, mask in masks.items():
-            hidden = Image.fromarray(mask.reshape(grid, grid)).resize(view.size, Image.NEAREST)
-            row.append((f"{kind} mask", Image.composite(grey, view, hidden)))
+            hidden = Image.fromarray(mask.reshape(grid, grid)).resize(picture.size, Image.NEAREST)
+            row.append((f"{kind} mask", Image.composite(grey, picture, hidden)))
         rows.append(row)
     return sheet(f"Masks of {ratio:.0%} of {grid} x {grid} patches", rows)
 
 
-@torch.no_grad()
-def codeword_sheet(model, named):
-    """The student's most likely codeword of each patch.  named: [(name, PIL picture)]"""
+def codeword_sheet(model, paths):
+    """The student's most likely codeword of each patch."""
     if model.config.method != "maskclip":
         raise ValueError(f"{model.config.method} has no codewords: give a checkpoint of MaskCLIP")
     grid = model.config.grid
-    patches = model.visual(pixels(model, [picture for _, picture in named]))[:, 1:]     # (n, N, D)
-    ids = model.codewords(patches).argmax(-1).view(-1, grid, grid).cpu().numpy()
+
+    def encode(images):
+        return model.codewords(model.visual(images)[:, 1:]).argmax(-1)                  # (B, N)
+    ids = evaluate.encode_images(encode, paths, model).long().view(-1, grid, grid).numpy()
     counts = np.bincount(ids.flatten(), minlength=model.config.codewords)
-    frequent = np.argsort(-counts, kind="stable")
     colours = np.full((len(counts), 3), 200, np.uint8)
-    for codeword, colour in zip(frequent, OKABE_ITO, strict=False):
+    for codeword, colour in zip(np.argsort(-counts, kind="stable"), OKABE_ITO):
         colours[codeword] = ImageColor.getrgb(colour)
     row = []
-    for (name, picture), picture_ids in zip(named, ids, strict=True):
+    for path, picture_ids in zip(paths, ids):
         drawn = Image.fromarray(colours[picture_ids]).resize((SIDE, SIDE), Image.NEAREST)
-        row += [(name, data.center_crop(picture, SIDE)), ("its codewords", drawn)]
+        row += [(Path(path).name, view(path)), ("its codewords", drawn)]
     return sheet(f"Codewords: {np.count_nonzero(counts)} of {len(counts):,} occur here; the "
                  f"{len(OKABE_ITO)} most frequent have colours, the others are grey", [row])
 
 
 def neighbour_sheet(model, tokenizer, folder):
-    """Five texts of a retrieval set, each with its picture and what is nearest to them.
-
-    The texts are spread evenly over the set, none is chosen.
-    """
+    """Five texts, spread evenly over a retrieval set, their pictures, and what is nearest."""
     paths, texts, picture_of_text = testsets.karpathy(folder)
     images = F.normalize(evaluate.encode_images(model.encode_image, paths, model), dim=1)
-    sentences = evaluate.encode_texts(model, tokenizer, texts)
+    similarity = images @ evaluate.encode_texts(model, tokenizer, texts).T      # (pictures, texts)
     rows = []
     for text in np.linspace(0, len(texts) - 1, 5).astype(int).tolist():
         picture = picture_of_text[text]
-        scores = images @ sentences[text]
-        row = []
-        for i in [picture, *scores.argsort(descending=True)[:COLUMNS - 1].tolist()]:
-            view = data.center_crop(testsets.load_picture(paths[i]), SIDE)
-            row.append((f"{scores[i]:.2f}", view))
-        rows += [f"{texts[text]}: its picture, the nearest pictures, the texts nearest to it", row]
-        scores = sentences @ images[picture]
-        nearest = scores.argsort(descending=True)[:COLUMNS - 1].tolist()
-        rows += [f"{scores[i]:.2f}  {texts[i]}" for i in nearest]
+        rows.append(f"{texts[text]}: its picture, the nearest pictures, the texts nearest to it")
+        nearest = similarity[:, text].argsort(descending=True)[:COLUMNS - 1].tolist()
+        rows.append([(f"{similarity[i, text]:.2f}", view(paths[i])) for i in [picture, *nearest]])
+        for i in similarity[picture].argsort(descending=True)[:COLUMNS - 1].tolist():
+            rows.append(f"{similarity[picture, i]:.2f}  {texts[i]}")
     return sheet(f"Nearest neighbours in {folder}, with cosine similarities", rows)
+
 
 # ---------------------------------------------------------------- curves and the report of runs
 
@@ -184,20 +167,19 @@ def curves(logs):
     colours = dict(zip(logs, itertools.cycle(OKABE_ITO)))
     records = [record for log in logs.values() for record in log]
     last_step = max((record["step"] for record in records), default=0)
-    out = []
-    for i, run in enumerate(logs):
-        out.append(f'<text x="20" y="{18 + 16 * i}" fill="{colours[run]}">{escape(run)}</text>')
+    out = [f'<text x="20" y="{18 + 16 * i}" fill="{colours[run]}">{escape(run)}</text>'
+           for i, run in enumerate(logs)]
     top = 16 * len(logs)
     n_panels = 0
     for name in dict.fromkeys(name for record in records for name in record):
         lines = {run: [(record["step"], record[name]) for record in log
                        if isinstance(record.get(name), (int, float))]
                  for run, log in logs.items()}
-        values = {value for points in lines.values() for _, value in points}
-        if len(values) < 2 or name in ("step", "epoch"):
+        values = [value for points in lines.values() for _, value in points]
+        low = min(values, default=0)
+        high = max(values, default=0)
+        if low == high or name in ("step", "epoch"):
             continue
-        low = min(values)
-        high = max(values)
         out.append(f'<g transform="translate({n_panels % 3 * 380} {top + n_panels // 3 * 180})">'
                    f'<text x="20" y="36">{name}, {low:.3g} to {high:.3g}, until step {last_step:,}'
                    '</text><path d="M20 44V170H360" fill="none" stroke="#ccc"/>')
@@ -213,54 +195,43 @@ def curves(logs):
                       f'font-size="12" width="1140" viewBox="0 0 1140 {height}">', *out, "</svg>"])
 
 
-def pictures_of(folder, state, root):
+def pictures_of(folder, config, root):
     """Word maps, masks and codewords of three test pictures of a run's data -> sheets."""
-    name = state["config"]["data"][0].partition(":")[0]
+    name = config["data"][0].partition(":")[0]
     test_set = Path(name).parent / "val"  # of the shards in ANY/train
     if not test_set.is_dir():
         test_set = evaluate.find(name, root, "val")
     paths, texts, picture_of_text = testsets.karpathy(test_set)
-    named = [(Path(path).name, testsets.load_picture(path)) for path in paths[:3]]
-    model, tokenizer = evaluate.load_model(Path(folder) / "last.pt")
-    sheets = []
+    model, tokenizer = evaluate.load_model(Path(folder, "last.pt"))
     if tokenizer:
-        for i, pair in enumerate(named):
-            caption = texts[picture_of_text.index(i)]
-            sheets.append(heatmap(model, tokenizer, [pair], caption))
+        for i, path in enumerate(paths[:3]):
+            yield heatmap(model, tokenizer, [path], texts[picture_of_text.index(i)])
     if model.config.method == "maskclip":
-        sheets += [mask_sheet(named, state), codeword_sheet(model, named)]
-    return sheets
+        yield mask_sheet(paths[:3], model.config.grid, config["mask_ratio"])
+        yield codeword_sheet(model, paths[:3])
 
 
 def report(folders, path, root="data"):
-    """Write one HTML page on runs, next to one another, and curves.svg next to it.
-
-    Raises OSError or ValueError; pictures that cannot be drawn become a sentence on the page.
-    """
+    """Write one HTML page on runs, and curves.svg next to it.  Raises OSError, ValueError."""
     results = {}
     logs = {}
     methods = []
     parts = []
     for folder in map(str, folders):
-        last = Path(folder, "last.pt")
-        state = load_checkpoint(last)
-        sha256 = file_sha256(last)  # results of other weights are those of an earlier epoch
-        results[folder] = {record["task"]: record for record in read_results(folder)
-                           if record["sha256"] == sha256}
-        complete = Path(folder, "log.jsonl").read_text("utf-8").rpartition("\n")[0]
-        logs[folder] = [json.loads(line) for line in complete.splitlines()]
+        state, logs[folder], records = read_run(folder)
+        results[folder] = {record["task"]: record for record in records}
         methods.append(state["model_config"]["method"])
         settings = json.dumps([state["config"], state["made_by"][-1]], indent=1)
         parts.append(f"<h2>{escape(folder)}</h2><pre>{escape(settings, False)}</pre>")
         try:
-            for image in pictures_of(folder, state, root):
+            for image in pictures_of(folder, state["config"], root):
                 content = io.BytesIO()
                 image.save(content, "PNG")
                 code = base64.b64encode(content.getvalue()).decode()
                 parts.append(f'<img width="1140" src="data:image/png;base64,{code}" alt=""/>')
-        except (OSError, ValueError) as error:  # of the test pictures; the numbers are there
+        except (OSError, ValueError) as error:  # of the test pictures: the rest is still of use
             parts.append(f"<p>No pictures: {escape(sentence_of(error))}</p>")
-    scores = table(results, methods) or "Nothing is evaluated yet: see evaluate.py --help"
+    scores = evaluate.table(results, methods) or "Nothing is evaluated yet: see evaluate.py --help"
     svg = curves(logs)
     page = ['<html lang="en"><head><meta charset="utf-8"/><title>Report</title></head><body>',
             f"<h2>Scores, per cent</h2><pre>{escape(scores)}</pre>", svg, *parts, "</body></html>"]
@@ -273,32 +244,28 @@ def report(folders, path, root="data"):
 def draw(what, names, checkpoint, root):
     """The sheet `what` of picture files, or of one retrieval set under root."""
     model, tokenizer = evaluate.load_model(checkpoint)
-    if what in ("heatmap", "neighbours") and tokenizer is None:
-        raise ValueError(f"{what} needs a text encoder, which {checkpoint} does not have")
-    if what == "neighbours":
-        return neighbour_sheet(model, tokenizer, evaluate.find(names[0], root, "val"))
-    files = names[:-1] if what == "heatmap" else names
-    if not files:
-        raise ValueError("heatmap needs a picture and a caption")
-    named = [(Path(file).name, testsets.load_picture(file)) for file in files]
-    if what == "heatmap":
-        return heatmap(model, tokenizer, named, names[-1])
     if what == "masks":
-        return mask_sheet(named, load_checkpoint(checkpoint))
-    return codeword_sheet(model, named)
+        config = load_checkpoint(checkpoint).get("config", {})
+        return mask_sheet(names, model.config.grid, config.get("mask_ratio", 0.75))  # paper
+    if what == "codewords":
+        return codeword_sheet(model, names)
+    if tokenizer is None:
+        raise ValueError(f"{what} needs a text encoder, which {checkpoint} does not have")
+    if what == "heatmap":
+        return heatmap(model, tokenizer, names[:-1], names[-1])
+    return neighbour_sheet(model, tokenizer, evaluate.find(names[0], root, "val"))
 
 
 def run(args):
     """What the command line asks for, as a file."""
     if args.what == "report":
-        out = args.out or Path(args.names[0]) / "report.html"
+        out = args.out or Path(args.names[0], "report.html")
         report(args.names, out, args.root)
     else:
         out = args.out or f"{args.what}.png"
         checkpoint = args.checkpoint or evaluate.newest_checkpoint()
-        image = draw(args.what, args.names, checkpoint, args.root)
         with atomic_write(out) as file:
-            image.save(file, "PNG")
+            draw(args.what, args.names, checkpoint, args.root).save(file, "PNG")
     print(f"wrote {out}")
 
 
