@@ -97,6 +97,7 @@ WIDTHS = {
               crop_min=0.5, magnitude=5.0, erase=0.0, mixup=0.0),
     384: dict(drop_path=0.0),                                               # SLIP, ViT-S
     1024: dict(epochs=50, warmup_epochs=5.0, layer_decay=0.75)}             # SLIP, ViT-L
+DEIT = dict(epochs=300, warmup_epochs=5.0, lr=1e-3, layer_decay=1.0)        # DeiT
 LINEAR = dict(epochs=90, batch_size=1024, lr=0.0, warmup_epochs=0.0, layer_decay=1.0,
               weight_decay=0.0, drop_path=0.0, magnitude=0.0, erase=0.0, mixup=0.0,
               smoothing=0.0, precision="fp32")                              # MoCo v3
@@ -106,9 +107,8 @@ def recipe(width, given):
     """What the tower's width, --scratch and --linear change in the defaults."""
     if given.get("linear"):
         return LINEAR
-    if given.get("scratch"):  # DeiT
-        longer = WIDTHS[128] if width == 128 else dict(epochs=300, warmup_epochs=5.0)
-        return longer | dict(lr=1e-3, layer_decay=1.0)
+    if given.get("scratch"):
+        return WIDTHS[128] | dict(lr=1e-3, layer_decay=1.0) if width == 128 else DEIT
     return WIDTHS.get(width, {})
 
 
@@ -384,8 +384,7 @@ class Run:
         if saved:
             restore(saved, self.stateful, self.progress, ranks)
         check_ranks_agree(self.progress.step, fingerprint, ranks)
-        several = ranks.world_size > 1
-        self.network = DistributedDataParallel(self.model) if several else self.model
+        self.network = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
         self.steps_per_epoch = self.n / config.batch_size
         self.last_step = config.epochs * self.n // config.batch_size
         self.stop_at = min(self.last_step, config.steps or self.last_step)
@@ -450,8 +449,9 @@ class Run:
         """Evaluate a run that is complete, print the scores, append them to results.jsonl."""
         self.signals.restore()
         if self.progress.step < self.last_step:
-            print0(f"{self.signals.name or '--steps'}: stopped after step {self.progress.step} of "
-                   f"{self.last_step}; the same command without --steps resumes")
+            print0(f"{self.signals.name or 'a signal or --steps'}: stopped after step "
+                   f"{self.progress.step} of {self.last_step}; the same command without --steps "
+                   "resumes")
         else:
             result = on_rank0(measure, self.ranks)
             print0(evaluate.table({"": {title: result}}, [self.model.config.method]))
@@ -526,8 +526,8 @@ def measure(model, test_set, config, amp):
 
 def command_line(argv=None):
     """The command line -> TuneConfig."""
-    about = " --scratch, --linear and each size of tower have a recipe of their own."
-    given = parse_flags(TuneConfig, __doc__.splitlines()[0] + about, argv)
+    given = parse_flags(TuneConfig, __doc__.splitlines()[0], argv,
+                        {"--linear": LINEAR, "--scratch": DEIT, "tiny": WIDTHS[128]})
     task = "linear" if given.get("linear") else "finetune"
     return make_config(given, TuneConfig, recipe, f"runs/{task}/{{}}", {})
 

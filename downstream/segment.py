@@ -44,15 +44,15 @@ class SegmentConfig(finetune.TowerConfig):
     warmup_epochs: float = flag(1.2, "epochs of linear warm-up; 1.2 of ADE20K's are 1,500 steps")
 
 
+# What changes in the defaults.  Tiny is our choice, for a laptop: a few hundred pictures.
+TINY = dict(image_size=64, epochs=30, lr=1e-3, warmup_epochs=1.0, layer_decay=0.75, drop_path=0.0)
+LINEAR = dict(lr=8e-4, drop_path=0.0)  # iBOT
+
+
 def recipe(width, given):
     """What the tower's width and --head change in the defaults."""
-    changes = {}
-    if width == 128:  # our choice, for a laptop: 64 pixels, a few hundred pictures
-        changes = dict(image_size=64, epochs=30, lr=1e-3, warmup_epochs=1.0, layer_decay=0.75,
-                       drop_path=0.0)
-    if given.get("head") == "linear":
-        changes |= dict(lr=8e-4, drop_path=0.0)  # iBOT
-    return changes
+    tiny = TINY if width == 128 else {}
+    return tiny | LINEAR if given.get("head") == "linear" else tiny
 
 
 # ---------------------------------------------------------------- the networks
@@ -334,8 +334,8 @@ def measure(model, test_set, amp):
 
 def command_line(argv=None):
     """The command line -> SegmentConfig."""
-    about = " --head linear and the demo's small tower have a recipe of their own."
-    given = parse_flags(SegmentConfig, __doc__.splitlines()[0] + about, argv)
+    given = parse_flags(SegmentConfig, __doc__.splitlines()[0], argv,
+                        {"--head linear": LINEAR, "tiny": TINY})
     head = given.get("head", SegmentConfig.head)
     return finetune.make_config(given, SegmentConfig, recipe, f"runs/segment/{{}}-{head}",
                                 dict(head=HEADS))

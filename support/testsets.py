@@ -2,19 +2,17 @@
 
 prompts.json holds ICinW's twenty sets and ImageNet: classes in order, templates, metrics and sizes
 (CLIP, ELEVATER); and the paper's numbers.  Layouts: ELEVATER's index and zips, class folders,
-Karpathy's json for retrieval, ADE20K's folders for segmentation.  Metrics: ELEVATER's.
+Karpathy's json, ADE20K's folders.  Metrics: ELEVATER's.
 
     tests = test_set("eurosat_clip", root="data")    # .pictures, .targets, .names, .templates
     train, tests = probe_sets("imagenet", root="data")
 """
 import json
 import os
-import re
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,21 +45,19 @@ def map_11point(scores, targets):
     """VOC 2007's mean average precision as ELEVATER computes it.  scores, targets of 0 and 1 (n, C)
 
     For recall 1.0, 0.9 .. 0: the best precision at that recall or above; the mean over the 11, then
-    over classes.  Equal scores are one threshold.  At recall 0 the precision is 1 by definition
-    (scikit-learn's last point of the curve).  Raises ValueError if a class has no positive example.
+    over classes.  At recall 0 the precision is 1 by definition (scikit-learn's last point of the
+    curve).  Raises ValueError if a class has no positive example.
     """
-    scores = torch.as_tensor(scores).double()
-    targets = torch.as_tensor(targets).double()
+    scores = torch.as_tensor(scores)
+    targets = torch.as_tensor(targets).bool()
     if not targets.any(0).all():
         raise ValueError("11-point mAP needs a positive example of every class")
     means = []
     for score, target in zip(scores.T, targets.T):
-        score, order = score.sort(descending=True)
-        hits = target[order].cumsum(0)
-        # A threshold lies after the last of equal scores.
-        last_of_equals = torch.cat([score[1:] != score[:-1], torch.tensor([True])])
-        precision = (hits / torch.arange(1, len(score) + 1))[last_of_equals]
-        recall = (hits / target.sum())[last_of_equals]
+        chosen = score >= score[:, None]                # (n, n): a row for each score as threshold
+        hits = (chosen & target).sum(1).double()
+        precision = hits / chosen.sum(1)
+        recall = hits / target.sum()
         # 1e-9 because recall is compared with tenths, which are no binary fractions.
         best = [precision[recall >= level / 10 - 1e-9].max().item() for level in range(1, 11)]
         means.append((sum(best) + 1.0) / 11)
@@ -77,11 +73,8 @@ def roc_auc(scores, targets):
     positive = torch.as_tensor(targets) == 1
     if scores.ndim == 2:
         scores = scores[:, 1]
-    _, inverse, count = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (count.cumsum(0) - (count - 1) / 2)[inverse]     # from 1; equal scores share their mean
-    n = positive.sum().double()
-    ordered = ranks[positive].sum() - n * (n + 1) / 2
-    return (ordered / (n * (len(scores) - n))).item()
+    lead = scores[positive, None] - scores[~positive]           # (positives, negatives)
+    return ((lead > 0).double() + (lead == 0).double() / 2).mean().item()
 
 
 METRICS = {"accuracy": accuracy, "mean-per-class": mean_per_class, "11point_mAP": map_11point,
@@ -147,33 +140,31 @@ def test_set(name, root="data", split="test", names=None):
         draw_demo(Path(root) / "demo")
     name = known_name(name)
     facts = protocols().get(name, {})
-    metric = facts.get("metric", "")
     path, pictures, labels, own_names = _read_layout(name, root, split, facts)
     folder = path if path.is_dir() else path.parent
     notes = []
     if not facts:
-        class_names = _read_names(Path(names or folder / "words.txt"), own_names, bool(names))
+        class_names = _read_names(folder, own_names, names)
         numbers = range(len(class_names))
     elif names:
         raise ValueError(f"--names is for class folders of your own: {name} has its protocol's")
     else:
         class_names = _lists(facts["classes"])
         numbers = _protocol_numbers(path, own_names, facts, notes)
-        if len(pictures) != facts.get(split, len(pictures)):
+        if len(pictures) != facts[split]:
             notes.append(f"{len(pictures):,} {split} pictures, the protocol has {facts[split]:,}")
+    several = facts.get("metric") == "11point_mAP"
     for picture, classes in zip(pictures, labels):
-        if (not classes or max(classes) >= len(numbers)
-                or len(classes) > 1 and metric != "11point_mAP"):
+        if max(classes) >= len(numbers) or len(classes) > 1 and not several:
             raise ValueError(f"{path}: {picture_name(picture)} has the labels {classes}, of "
                              f"{len(numbers)} classes counted from 0")
-    if metric == "11point_mAP":
+    targets = torch.tensor([numbers[classes[0]] for classes in labels])
+    if several:
         targets = torch.zeros(len(labels), len(numbers), dtype=torch.long)
         for row, classes in zip(targets, labels):
             row[[numbers[k] for k in classes]] = 1
-    else:
-        targets = torch.tensor([numbers[k] for k, in labels])
     return TestSet(str(name), path, pictures, targets, class_names,
-                   facts.get("templates") or templates_of(folder), metric,
+                   facts.get("templates") or templates_of(folder), facts.get("metric", ""),
                    facts.get("squash", False), tuple(notes))
 
 
@@ -197,16 +188,19 @@ def _lines(file):
     return [line.strip() for line in lines if line.strip()]
 
 
-def _read_names(file, folders, required):
+def _read_names(home, folders, file=None):
     """[[name]] of class folders by a file of lines FOLDER<tab>NAME, else as they are called."""
+    if not file and not (home / "words.txt").is_file():
+        return [[folder.replace("_", " ")] for folder in folders]
+    file = Path(file or home / "words.txt")
     words = {}
-    for line in _lines(file):
+    for line in file.read_text("utf-8").splitlines():
         folder, _, name = line.partition("\t")
         words[folder] = name.split(",")[0].strip()
-    if "" in words.values() or required and not words.keys() >= set(folders):
+    if not all(words.get(folder) for folder in folders):
         raise ValueError(f"{file} must have a line FOLDER<tab>NAME for each of the class folders "
                          f"{', '.join(folders[:5])} ...")
-    return [[words.get(folder, folder.replace("_", " "))] for folder in folders]
+    return [[words[folder]] for folder in folders]
 
 
 def _protocol_numbers(path, names, facts, notes):
@@ -215,32 +209,29 @@ def _protocol_numbers(path, names, facts, notes):
     An index numbers its classes, so their names must be in the protocol's order.  Class folders
     have names in any order, or are called by numbers from 0 or 1.
     """
-    expected = _lists(facts["classes"])
-    rows = [[*one, *label] for one, label in zip(expected, _lists(facts.get("labels", expected)))]
-    classes = {}  # spelling: the classes that it may stand for, the likeliest first
-    for column in zip_longest(*rows, fillvalue=""):  # the first names of all, then the second names
-        for k, name in enumerate(column):
-            classes.setdefault(_spelling(name), []).append(k)
-    allowed = [classes.get(_spelling(name), []) for name in names]
+    classes = _lists(facts["classes"])
+    labels = _lists(facts.get("labels", classes))
+    number_of = {_spelling(name): k for k, one in enumerate(classes) for name in one}
+    number_of |= {_spelling(label[0]): k for k, label in enumerate(labels)}
+    unknown = [name for name in names if _spelling(name) not in number_of]
     if path.is_file():
-        numbers = list(range(len(names or expected)))
-        wrong = [name for k, name in enumerate(names) if k not in (allowed[k] or [k])]
-        if wrong:
-            raise ValueError(f"{path}: its classes are in another order than the protocol's, the "
-                             f"first of these is '{wrong[0]}'")
+        numbers = list(range(len(names or classes)))
+        for name, one, label in zip(names, classes, labels):
+            if name not in unknown and _spelling(name) not in map(_spelling, one + label):
+                raise ValueError(f"{path}: its classes are in another order than the protocol's, "
+                                 f"the first of these is '{name}'")
     elif all(name.isdecimal() for name in names):
         first = min(1, min(map(int, names)))
         numbers = [int(name) - first for name in names]
     else:
-        numbers = [one[0] if one else -1 for one in allowed]
-    unknown = [name for name, one in zip(names, allowed) if not one]
-    if sorted(numbers) != list(range(len(expected))):
-        missing = [one[0] for k, one in enumerate(expected) if k not in numbers]
-        raise ValueError(f"{path}: {len(names)} classes, and the protocol has {len(expected)}; "
+        numbers = [number_of.get(_spelling(name), -1) for name in names]
+    if sorted(numbers) != list(range(len(classes))):
+        missing = [one[0] for k, one in enumerate(classes) if k not in numbers]
+        raise ValueError(f"{path}: {len(names)} classes, and the protocol has {len(classes)}; "
                          f"missing: {', '.join(missing[:5])}; unknown: {', '.join(unknown[:5])}")
     if unknown or not names:
-        notes.append("the order of the classes was not checked: "
-                     + (f"'{unknown[0]}' is not in prompts.json" if unknown else "no labels.txt"))
+        notes.append("the order of the classes was not checked: prompts.json does not have "
+                     f"{', '.join(unknown[:3]) or 'names: no labels.txt'}")
     return numbers
 
 
@@ -250,8 +241,7 @@ def _lists(names):
 
 
 # ---------------------------------------------------------------- layouts of classification sets
-# Each reader gives: index or folder, pictures, of each picture a list of the data set's own class
-# numbers, and its names of the classes.
+# -> index or folder, pictures, of each a list of the data set's own class numbers, its class names
 
 CLASS_PARTS = {"test": ["classes/test", "test", "val", "validation", "."],
                "train": ["classes/train", "train"]}
@@ -259,16 +249,13 @@ CLASS_PARTS = {"test": ["classes/test", "test", "val", "validation", "."],
 
 def _read_layout(name, root, split, facts):
     """What the first folder that holds the set has of a split.  FileNotFoundError without one."""
-    indices = [f"{split}_ic.txt", f"{split}_images.txt", f"{split}.txt", f"{split}_meta.json",
-               f"{split}.json"]
-    if name == "imagenet":  # evaluated on its validation pictures
-        indices = ["train.json" if split == "train" else "val.json"]
+    indices = [f"{split}{end}" for end in ("_ic.txt", "_images.txt", ".txt", "_meta.json", ".json")]
     # Class folders cannot say that a picture shows several classes.
-    parts = [] if facts.get("metric") == "11point_mAP" else CLASS_PARTS.get(split, [split])
+    parts = [] if facts.get("metric") == "11point_mAP" else CLASS_PARTS[split]
     for home in homes(name, root):
         for index in (home / file for file in indices):
             if index.is_file():
-                return _coco_index(index) if index.suffix == ".json" else _line_index(index)
+                return _read_index(index)
         for folder in (home / part for part in parts):
             with suppress(FileNotFoundError):
                 pictures, numbers, names = class_folder(folder)
@@ -279,40 +266,32 @@ def _read_layout(name, root, split, facts):
         f"and class folders such as {split}/CLASS/1.jpg, so sort pictures of other formats")
 
 
-def _line_index(index):
-    """ELEVATER's lines ZIP@PATH LABEL[,LABEL..], classes from 0, and labels.txt."""
-    pictures = []
-    labels = []
-    for line in _lines(index):
-        row = re.fullmatch(r"(.+?)@(.+)\s(\d+(?:,\d+)*)", line)
-        if row is None:
-            raise ValueError(f"{index}: a line is not ZIP@PATH LABEL: {line}")
-        pictures.append((index.parent / row[1], row[2]))
-        labels.append([int(label) for label in row[3].split(",")])
-    names = _lines(index.with_name("labels.txt")) or _lines(index.with_name("labelmap.txt"))
-    return index, pictures, labels, names
-
-
-def _coco_index(index):
-    """ELEVATER's json in COCO's form, classes in the order of their ids."""
-    pictures = []
-    labels_of = {}
+def _read_index(index):
+    """ELEVATER's lines ZIP@PATH LABEL[,LABEL..] and labels.txt, or its json in COCO's form."""
+    pictures, labels = [], []
     try:
-        content = json.loads(index.read_bytes())
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        number_of = {category["id"]: k for k, category in enumerate(categories)}
-        for row in content["annotations"]:
-            labels_of.setdefault(row["image_id"], []).append(number_of[row["category_id"]])
-        for image in content["images"]:
-            path = image["file_name"]
-            archive = image.get("zip_file")
-            if archive is None:
-                archive, path = path.split("@", 1)
-            pictures.append((index.parent / archive, path))
-        labels = [labels_of[image["id"]] for image in content["images"]]
-        return index, pictures, labels, [category["name"] for category in categories]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{index} is no index in COCO's form ({error!r})") from error
+        if index.suffix == ".json":
+            content = json.loads(index.read_bytes())
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            names = [category["name"] for category in categories]
+            number_of = {category["id"]: k for k, category in enumerate(categories)}
+            labels_of = {}
+            for row in content["annotations"]:
+                labels_of.setdefault(row["image_id"], []).append(number_of[row["category_id"]])
+            for image in content["images"]:
+                pictures.append((index.parent / image["zip_file"], image["file_name"]))
+                labels.append(labels_of[image["id"]])
+        else:
+            for line in _lines(index):
+                picture, numbers = line.rsplit(maxsplit=1)
+                archive, path = picture.split("@", 1)
+                pictures.append((index.parent / archive, path))
+                labels.append([int(number) for number in numbers.split(",")])
+            names = _lines(index.with_name("labels.txt")) or _lines(index.with_name("labelmap.txt"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is no index in ELEVATER's form, lines ZIP@PATH LABEL or a json "
+                         f"like COCO's ({error!r})") from error
+    return index, pictures, labels, names
 
 
 def class_folder(folder):
@@ -375,17 +354,16 @@ def karpathy(folder, split="test"):
     if not files:
         raise FileNotFoundError(f"no karpathy.json or dataset*.json in {folder.resolve()}: it is "
                                 "in Karpathy's format, with its pictures in images/")
-    homes = [folder / part for part in ("images", "flickr30k-images", ".")]
+    parts = [folder / part for part in ("images", "flickr30k-images") if (folder / part).is_dir()]
+    home = (parts or [folder])[0]
     paths, texts, owners = [], [], []
     try:
         images = json.loads(files[0].read_bytes())["images"]
         for image in images:
             if image["split"] == split:
                 owners += [len(paths)] * len(image["sentences"])
-                texts += [sentence["raw"] + "" for sentence in image["sentences"]]  # only of text
-                name = Path(image.get("filepath", ""), image["filename"])
-                candidates = [home / name for home in homes if (home / name).is_file()]
-                paths.append(candidates[0] if candidates else homes[0] / name)
+                texts += [sentence["raw"] for sentence in image["sentences"]]
+                paths.append(home / image.get("filepath", "") / image["filename"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{files[0]} is not a Karpathy json ({error!r})") from error
     if not texts:
@@ -401,7 +379,7 @@ SEGMENTATION_FOLDERS = {
     "train": [("images/training", "annotations/training"), ("train/images", "train/labels"),
               ("images", "labels")],
     "test": [("images/validation", "annotations/validation"), ("val/images", "val/labels"),
-             ("test/images", "test/labels"), ("images", "labels")]}
+             ("images", "labels")]}
 
 
 @dataclass
@@ -444,11 +422,11 @@ def segmentation_set(name, root="", split=""):
     """
     if name == "demo":
         draw_demo(Path(root) / "demo")
-    bases = [Path(root, name), Path(root, name, "dense"), Path(name), Path(name, "dense")]
+    bases = [home / part for home in homes(name, root) for part in (".", "dense")]
     if name == "ade20k":
         bases.append(Path(root, "ADEChallengeData2016"))
-    layouts = [(path, *parts) for path in bases for parts in SEGMENTATION_FOLDERS[split or "test"]
-               if all((path / part).is_dir() for part in parts)]
+    layouts = [(base, *parts) for base in bases for parts in SEGMENTATION_FOLDERS[split or "test"]
+               if (base / parts[1]).is_dir()]
     if not layouts:
         raise FileNotFoundError(
             f"no segmentation set '{name}' in {', '.join(map(str, bases))} {ROOT_HINT}: images/ "

@@ -22,6 +22,24 @@ def rng_of(*seed):
     return np.random.default_rng(seed)
 
 
+def save_tower(path):
+    """A checkpoint of a small tower."""
+    torch.manual_seed(3)
+    config = dataclasses.replace(SMALL, method="vit")
+    model = models.VisionModel(config)
+    models.init_weights(model)
+    torch.save(dict(model=model.state_dict(), model_config=dataclasses.asdict(config)), path)
+
+
+def words(**given):
+    """Settings as a command line; None: not given."""
+    line = []
+    for name, value in given.items():
+        if value is not None:
+            line += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return line
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Two class folders with 8 pictures each to train and 4 to test; a small tower's checkpoint."""
@@ -32,53 +50,46 @@ def world(tmp_path_factory):
             for i in range(count):
                 picture = demo.draw_scene(rng_of(count, c, i), 1, [name])[0]
                 picture.save(folder / "classes" / split / name / f"{i}.png")
-    torch.manual_seed(3)
-    config = dataclasses.replace(SMALL, method="vit")
-    model = models.VisionModel(config)
-    models.init_weights(model)
-    state = dict(model=model.state_dict(), model_config=dataclasses.asdict(config))
-    torch.save(state, folder / "tower.pt")
+    save_tower(folder / "tower.pt")
     return folder
 
 
-def words(world, out, **changes):
-    """Settings as a command line: four epochs of four steps of four pictures."""
+def line_of(world, out, **changes):
+    """The command line of four epochs of four steps of four pictures."""
     given = dict(data=world / "classes", checkpoint=world / "tower.pt", out=out, epochs=4,
-                 batch_size=4, workers=0, log_every=1, warmup_epochs=1) | changes
-    line = []
-    for name, value in given.items():
-        if value is not None:
-            line += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return line
+                 batch_size=4, workers=0, log_every=1, warmup_epochs=1)
+    return words(**given | changes)
 
 
 def tune(world, out, constants=(), **changes):
     """A run in this process.  constants: fields that are no flags.  -> the lines of its log"""
-    config = finetune.command_line(words(world, out, **changes))
+    config = finetune.command_line(line_of(world, out, **changes))
     finetune.train(dataclasses.replace(config, **dict(constants)))
     return log_lines(out)
 
 
-# ---------------------------------------------------------------- the model and its layers
+def classifier(**given):
+    """A model as a run makes it, of ten classes, and its settings."""
+    config = finetune.TuneConfig(**given)
+    return finetune.make_model(
+        config, None, lambda shape: finetune.Classifier(shape, 10, config)), config
 
-def test_positions_are_resized_as_a_grid():
+
+# ---------------------------------------------------------------- pieces
+
+def test_positions_are_resized_as_a_grid_and_the_tower_is_the_checkpoints(world):
     plane = torch.arange(4.0)[:, None] * 10 + torch.arange(4.0)  # rows and columns told apart
     positions = torch.cat([torch.full((1,), 7.0), plane.flatten()]).view(1, 17, 1)
     larger = finetune.resized_positions(positions, 8)
     assert larger.shape == (1, 65, 1) and larger[0, 0] == 7
-    wanted = torch.tensor([[13.75, 14.25], [18.75, 19.25]])
     inner = larger[0, 1:, 0].view(8, 8)[3:5, 3:5]
-    torch.testing.assert_close(inner, wanted, atol=0.6, rtol=0)
-
-
-def test_the_tower_is_the_checkpoints(world):
-    config = finetune.TuneConfig(checkpoint=str(world / "tower.pt"), drop_path=0.2, image_size=64)
-    model = finetune.make_model(config, None, lambda shape: finetune.Classifier(shape, 9, config))
+    assert inner.flatten().tolist() == pytest.approx([13.75, 14.25, 18.75, 19.25], abs=0.6)
+    assert finetune.resized_positions(positions, 4).equal(positions)
+    model, _ = classifier(checkpoint=str(world / "tower.pt"), image_size=64)
     trained = evaluate.load_model(world / "tower.pt")[0].visual.state_dict()
     for name, x in model.visual.state_dict().items():
         assert name == "pos_embed" or x.equal(trained[name]), name
-    assert [block.drop_path for block in model.visual.blocks] == pytest.approx([0, 0.2])
-    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 9)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("more, numbers", [
@@ -92,8 +103,6 @@ def test_recipes(world, more, numbers):
     assert config.out.startswith("runs/") and "-classes" in config.out
 
 
-# ---------------------------------------------------------------- pictures and labels
-
 def test_a_picture_is_drawn_from_seed_epoch_and_number(world):
     tests = testsets.test_set(str(world / "classes"), split="train")
     samples = finetune.LabelledPictures(tests, finetune.TuneConfig(erase=1.0), 64)
@@ -105,6 +114,23 @@ def test_a_picture_is_drawn_from_seed_epoch_and_number(world):
     changed = (whole["images"] != first["images"]).any(2)
     box = changed[changed.any(1)][:, changed.any(0)]
     assert box.float().mean() > 0.9 and 0.01 < changed.float().mean() < 0.36  # noise in one box
+
+
+@pytest.mark.parametrize("linear, resample", [(False, Image.BICUBIC), (True, Image.BILINEAR)])
+def test_pictures_are_tested_in_the_middle_at_256_224ths(world, linear, resample):
+    tests = testsets.probe_sets(str(world / "classes"))[1]
+    model, config = classifier(checkpoint=str(world / "tower.pt"), linear=linear)
+    seen, forward = [], model.forward
+    model.forward = lambda images: seen.append(images) or forward(images)
+    result = finetune.measure(model, tests, config, torch.autocast("cpu", enabled=False))
+    views = []
+    for path in tests.pictures:
+        image = Image.open(path).convert("RGB").resize((36, 36), resample)  # 36 = 32 * 256 // 224
+        views.append(np.asarray(image.crop((2, 2, 34, 34))))
+    pixels = data.normalize(torch.from_numpy(np.stack(views)))
+    torch.testing.assert_close(torch.cat(seen), pixels)
+    right = forward(pixels).argmax(1) == tests.targets
+    assert result["scores"] == {"accuracy": right.float().mean().item()}
 
 
 # ---------------------------------------------------------------- runs
@@ -137,10 +163,9 @@ def test_fine_tuning_learns_and_appends_its_scores(world, tmp_path, capsys):
     tune(world, tmp_path, constants, **changes)  # a complete run is only evaluated again
     assert (tmp_path / "last.pt").read_bytes() == before
     assert f"{100 * record['scores']['accuracy']:.1f}" in capsys.readouterr().out
-    model, tokenizer = evaluate.load_model(tmp_path / "last.pt")  # the tower is a checkpoint
+    tower = evaluate.load_model(tmp_path / "last.pt")[0].visual.state_dict()
     tuned = saved(tmp_path)["model"]
-    assert tokenizer is None and model.config.method == "vit"
-    assert all(x.equal(tuned[f"visual.{name}"]) for name, x in model.visual.state_dict().items())
+    assert all(x.equal(tuned[f"visual.{name}"]) for name, x in tower.items())
 
 
 def test_the_probe_is_moco_v3s(world, tmp_path):
@@ -155,96 +180,6 @@ def test_the_probe_is_moco_v3s(world, tmp_path):
     assert evaluate.read_results(tmp_path)[0]["task"] == f"linear {world / 'classes'}"
 
 
-@pytest.mark.parametrize("linear, resample", [(False, Image.BICUBIC), (True, Image.BILINEAR)])
-def test_pictures_are_tested_in_the_middle_at_256_224ths(world, linear, resample):
-    sets = testsets.probe_sets(str(world / "classes"))
-    config = finetune.TuneConfig(checkpoint=str(world / "tower.pt"), linear=linear)
-    model = finetune.make_model(config, None, lambda shape: finetune.Classifier(shape, 2, config))
-    seen, forward = [], model.forward
-    model.forward = lambda images: seen.append(images) or forward(images)
-    result = finetune.measure(model, sets[1], config, torch.autocast("cpu", enabled=False))
-    views = []
-    for path in sets[1].pictures:
-        image = Image.open(path).convert("RGB").resize((36, 36), resample)  # 36 = 32 * 256 // 224
-        views.append(np.asarray(image.crop((2, 2, 34, 34))))
-    pixels = data.normalize(torch.from_numpy(np.stack(views)))
-    torch.testing.assert_close(torch.cat(seen), pixels)
-    right = forward(pixels).argmax(1) == sets[1].targets
-    assert result["scores"] == {"accuracy": right.float().mean().item()}
-
-
-# ---------------------------------------------------------------- faults
-
-@pytest.mark.parametrize("linear", [None, True])
-def test_a_nan_changes_nothing_and_ten_end_the_run(world, tmp_path, monkeypatch, linear):
-    mix = finetune.mix
-
-    def spoil(first, last):
-        steps = iter(range(1, 99))
-
-        def spoiled(images, *others):
-            images, targets = mix(images, *others)
-            return images * (math.nan if first <= next(steps) <= last else 1), targets
-        monkeypatch.setattr(finetune, "mix", spoiled)
-    changes = dict(linear=linear, warmup_epochs=0)
-    spoil(1, 1)
-    lines = tune(world, tmp_path / "a", steps=2, **changes)
-    assert [line["skipped"] for line in lines] == [1, 1] and lines[0]["loss"] is None
-    state = saved(tmp_path / "a")  # a skipped first step leaves sound moments
-    assert all(x.isfinite().all() for x in state["model"].values())
-    spoil(2, 2)
-    tune(world, tmp_path / "b", steps=2, **changes)
-    tune(world, tmp_path / "c", steps=1, **changes)
-    assert same_weights(*(saved(tmp_path / name) for name in "bc"), parts=["model"])
-    spoil(3, 99)
-    with pytest.raises(ValueError, match="finite"):
-        tune(world, tmp_path / "d", **changes)
-    assert len(log_lines(tmp_path / "d")) == 11 and saved(tmp_path / "d")["step"] == 8
-
-
-@pytest.mark.parametrize("step", [3, 8])  # of 8
-def test_a_signal_saves_and_the_same_command_resumes(world, tmp_path, monkeypatch, capsys, step):
-    one = tune(world, tmp_path / "one", epochs=2)
-    mix, steps = finetune.mix, iter(range(1, 99))
-    monkeypatch.setattr(finetune, "mix", lambda *given: (
-        next(steps) == step and os.kill(os.getpid(), signal.SIGTERM)) or mix(*given))
-    assert len(tune(world, tmp_path / "two", epochs=2)) == step == saved(tmp_path / "two")["step"]
-    assert (tmp_path / "two/results.jsonl").is_file() == (step == 8)  # a complete run is evaluated
-    capsys.readouterr()
-    assert tune(world, tmp_path / "two", epochs=2) == one
-    shown = capsys.readouterr().out
-    assert step == 8 or "step 4/8" in shown and "step 1/8" not in shown
-
-
-def test_a_folder_keeps_its_run_and_says_what_it_started_from(world, tmp_path):
-    tune(world, tmp_path / "a", epochs=3)
-    before = (tmp_path / "a/last.pt").read_bytes()
-    shutil.copy(world / "tower.pt", tmp_path / "other.pt")
-    other = dict(checkpoint=tmp_path / "other.pt", force=True)
-    for changes, message in ((dict(lr=1.0), "--lr"), (other, "--checkpoint"),
-                             (dict(batch_size=8, force=True), "--batch-size")):
-        with pytest.raises(ValueError, match=message):
-            tune(world, tmp_path / "a", **dict(epochs=3) | changes)
-    assert (tmp_path / "a/last.pt").read_bytes() == before
-    (tmp_path / "moved").symlink_to(world / "classes")
-    tune(world, tmp_path / "b", epochs=3, checkpoint=None, resume=tmp_path / "a/epoch-2.pt",
-         data=tmp_path / "moved")
-    assert same_weights(saved(tmp_path / "a"), saved(tmp_path / "b"), parts=["model"])
-
-
-def test_what_is_impossible_is_said_in_a_sentence(world, tmp_path, monkeypatch, capsys):
-    shutil.copytree(world / "classes", tmp_path / "classes")
-    damaged = tmp_path / "classes/train/red star/3.png"
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    for changes, word in ((dict(data="nowhere"), "nowhere"), (dict(scratch=True), "--checkpoint"),
-                          (dict(image_size=60), "multiple"),
-                          (dict(warmup_epochs=5), "--warmup-epochs"),
-                          (dict(data=tmp_path / "classes", workers=1), "red star/3.png")):
-        line = words(world, tmp_path / "out", **changes)
-        sentence = answer(finetune.main, line, monkeypatch, capsys)
-        assert sentence.strip().startswith("finetune.py: error: ") and word in sentence
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(linear=True, lr=0.1, warmup_epochs=0),
                                      dict(scratch=True, model="tiny", checkpoint=None)])
@@ -252,7 +187,7 @@ def test_two_ranks_learn_what_one_does_and_resume(world, tmp_path, changes):
     changes = changes | dict(eval_every=4)
     one = tune(world, tmp_path / "one", **changes)
     for steps in (6, 0):
-        line = words(world, tmp_path / "two", steps=steps, **changes)
+        line = line_of(world, tmp_path / "two", steps=steps, **changes)
         code, _, err = finish(start("downstream/finetune.py", *line, ranks=2))
         assert code == 0, err
     two = log_lines(tmp_path / "two")
@@ -268,6 +203,63 @@ def test_two_ranks_learn_what_one_does_and_resume(world, tmp_path, changes):
                                      dict(linear=True, warmup_epochs=0)])
 def test_fine_tuning_on_cuda(world, tmp_path, changes):
     assert all(math.isfinite(line["loss"]) for line in tune(world, tmp_path, **changes))
+
+
+# ---------------------------------------------------------------- faults
+
+@pytest.mark.parametrize("linear", [None, True])
+def test_a_nan_changes_nothing_and_a_signal_saves(world, tmp_path, monkeypatch, linear):
+    mix = finetune.mix
+
+    def run(out, nan=0, term=0, **changes):
+        """A run whose batch number `nan` is spoiled, and which has a signal in step `term`."""
+        steps = iter(range(1, 99))
+
+        def disturbed(images, *others):
+            step = next(steps)
+            if step == term:
+                os.kill(os.getpid(), signal.SIGTERM)
+            images, targets = mix(images, *others)
+            return images * (math.nan if step == nan else 1), targets
+        monkeypatch.setattr(finetune, "mix", disturbed)
+        return tune(world, tmp_path / out, linear=linear, warmup_epochs=0, epochs=1, **changes)
+    with monkeypatch.context() as patch:  # new memory is garbage, and a first step may be skipped
+        patch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, math.nan))
+        lines = run("a", nan=1, steps=2)
+    assert [line["skipped"] for line in lines] == [1, 1] and lines[0]["loss"] is None
+    assert all(x.isfinite().all() for x in saved(tmp_path / "a")["model"].values())
+    run("b", nan=2, steps=2)
+    run("c", steps=1)
+    assert same_weights(*(saved(tmp_path / name) for name in "bc"), parts=["model"])
+    complete = run("d")
+    for step in (3, 4):  # of 4
+        assert len(run(f"e{step}", term=step)) == step == saved(tmp_path / f"e{step}")["step"]
+        assert (tmp_path / f"e{step}/results.jsonl").is_file() == (step == 4)
+        assert run(f"e{step}") == complete
+
+
+def test_a_folder_keeps_its_run_and_says_what_it_started_from(world, tmp_path):
+    tune(world, tmp_path / "a", epochs=3)
+    shutil.copy(world / "tower.pt", tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="--checkpoint"):
+        tune(world, tmp_path / "a", epochs=3, checkpoint=tmp_path / "other.pt", force=True)
+    (tmp_path / "moved").symlink_to(world / "classes")
+    tune(world, tmp_path / "b", epochs=3, checkpoint=None, resume=tmp_path / "a/epoch-2.pt",
+         data=tmp_path / "moved")
+    assert same_weights(saved(tmp_path / "a"), saved(tmp_path / "b"), parts=["model"])
+
+
+def test_what_is_impossible_is_said_in_a_sentence(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "classes", tmp_path / "classes")
+    damaged = tmp_path / "classes/train/red star/3.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    for changes, word in ((dict(data="nowhere"), "nowhere"), (dict(scratch=True), "--checkpoint"),
+                          (dict(image_size=60), "multiple"), (dict(batch_size=17), "--batch-size"),
+                          (dict(warmup_epochs=5), "--warmup-epochs"),
+                          (dict(data=tmp_path / "classes", workers=1), "red star/3.png")):
+        line = line_of(world, tmp_path / "out", **changes)
+        sentence = answer(finetune.main, line, monkeypatch, capsys)
+        assert sentence.strip().startswith("finetune.py: error: ") and word in sentence
 
 
 # ---------------------------------------------------------------- next to timm
@@ -298,8 +290,7 @@ def test_layer_rates_and_stochastic_depth_equal_timms():
         return {names[id(p)]: (group[scale], group["weight_decay"])
                 for group in groups for p in group["params"]}
     wanted = by_name(theirs, groups, "lr_scale")
-    config = finetune.TuneConfig(scratch=True, drop_path=0.2)
-    ours = finetune.make_model(config, None, lambda shape: finetune.Classifier(shape, 10, config))
+    ours, config = classifier(scratch=True, drop_path=0.2)
     rates = by_name(ours, finetune.parameter_groups(ours, config), "scale", "visual.")
     assert rates.keys() == wanted.keys() and len(rates) == 152
     for name, pair in wanted.items():
@@ -322,9 +313,8 @@ def test_rand_augment_equals_timms(monkeypatch):
         rng = rng_of(seed)
         numbers = rng.integers(15, size=2)
         monkeypatch.setattr(auto_augment, "random", Drawn(rng))
-        monkeypatch.setattr(auto_augment.np.random, "choice",
-                            lambda all_of_them, *_, numbers=numbers, **__: [
-                                all_of_them[number] for number in numbers])
+        monkeypatch.setattr(auto_augment.np.random, "choice", lambda choices, *_, numbers=numbers,
+                            **__: [choices[number] for number in numbers])
         try:
             wanted = theirs(image)
         except ValueError as error:  # Pillow 12 refuses to posterize to 0 bits; we keep one bit

@@ -104,7 +104,7 @@ def test_word_maps_are_centred_similarities(words, world):
     maps = plots.word_maps(model, tokenizer, paths[0], words)
     assert np.allclose(maps.reshape(len(words), -1), expected, atol=1e-5)
     caption = f"A {words[0]} picture, above the {'; '.join(words)}."  # each word once
-    _, [_, row] = plots.heatmap(model, tokenizer, paths[:1], caption)
+    _, [_, row] = plots.heatmap(model, tokenizer, [(paths[0], caption)])
     assert [name for name, _ in row] == ["0.png", *words]
 
 
@@ -126,7 +126,7 @@ def test_neighbours_are_those_of_a_loop(world):
 
 
 @pytest.mark.parametrize("words,key", [
-    (["heatmap", "A", "a the"], "word"), (["heatmap", "A"], "picture"),
+    (["heatmap", "A", "a the"], "word"), (["heatmap", "A"], "test set"),
     (["heatmap", "A", "red", "--checkpoint", "MAE"], "text encoder"),
     (["codewords", "A", "--checkpoint", "MAE"], "codewords"), (["masks", "MAE"], "last.pt"),
     (["neighbours", "nowhere"], "nowhere"), (["report", "nowhere"], "last.pt")])
@@ -156,6 +156,6 @@ def test_the_report_holds_scores_settings_curves_and_pictures(tmp_path):
     assert "linear old" not in text
     for part in ("newest", json.dumps(HOSTILE), "No pictures"):  # `other` has no test set
         assert part in text
-    assert len(page.findall(".//img")) == 5  # three word maps, masks, codewords
+    assert len(page.findall(".//img")) == 3  # word maps, masks, codewords
     curves = ElementTree.parse(tmp_path / "curves.svg").findall(".//{*}polyline")
     assert {len(line.get("points").split()) for line in curves} == {20, 19}

@@ -3,6 +3,7 @@
 A word map shows how similar each patch is to a word, as the paper's figure does.  The colours are
 matplotlib's viridis, and those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 
+    python tools/plots.py heatmap demo          # the first three pictures of a retrieval set
     python tools/plots.py heatmap picture.png "a red star above a blue circle"
     python tools/plots.py codewords picture.png          # also: masks picture.png, neighbours demo
     python tools/plots.py report runs/demo-maskclip runs/demo-clip --out report.html
@@ -38,7 +39,7 @@ OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "
 SIDE = 224      # of a picture on a sheet (our choice: 7, 8 and 14 patches divide it)
 COLUMNS = 6     # of a sheet (our choice: what a screen holds)
 STOP_WORDS = set("a an the and or of in on at to with by is are there left right above below "
-                 "picture".split())  # they name nothing in a picture
+                 "picture small large".split())  # they name nothing that has a place
 
 
 def sheet(title, rows):
@@ -86,14 +87,14 @@ def word_maps(model, tokenizer, path, words):
     return maps.view(-1, model.config.grid, model.config.grid).numpy()
 
 
-def heatmap(model, tokenizer, paths, caption):
-    """Word maps of a caption's words, each word once, over each picture."""
-    words = [word for word in dict.fromkeys(re.findall(r"[\w'-]+", caption.lower()))
-             if word not in STOP_WORDS]
-    if not paths or not words:
-        raise ValueError(f"heatmap needs a picture, and a word to look for in {caption!r}")
-    rows = [caption]
-    for path in paths:
+def heatmap(model, tokenizer, pairs):
+    """Word maps of each pair (path of a picture, caption), each word of the caption once."""
+    rows = []
+    for path, caption in pairs:
+        words = [word for word in dict.fromkeys(re.findall(r"[\w'-]+", caption.lower()))
+                 if word not in STOP_WORDS]
+        if not words:
+            raise ValueError(f"heatmap finds no word to look for in {caption!r}")
         picture = view(path)
         row = [(Path(path).name, picture)]
         for word, values in zip(words, word_maps(model, tokenizer, path, words)):
@@ -103,7 +104,7 @@ def heatmap(model, tokenizer, paths, caption):
             colours = [np.interp(level, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
             colours = Image.fromarray(np.stack(colours, -1).astype(np.uint8))
             row.append((word, Image.blend(picture, colours, 0.7)))
-        rows.append(row)
+        rows += [caption, row]
     return sheet("Where the words are: from blue (lowest of a map) to yellow (highest)", rows)
 
 
@@ -201,14 +202,20 @@ def pictures_of(folder, config, root):
     test_set = Path(name).parent / "val"  # of the shards in ANY/train
     if not test_set.is_dir():
         test_set = evaluate.find(name, root, "val")
-    paths, texts, picture_of_text = testsets.karpathy(test_set)
+    pairs = first_pairs(test_set)
+    paths = [path for path, _ in pairs]
     model, tokenizer = evaluate.load_model(Path(folder, "last.pt"))
     if tokenizer:
-        for i, path in enumerate(paths[:3]):
-            yield heatmap(model, tokenizer, [path], texts[picture_of_text.index(i)])
+        yield heatmap(model, tokenizer, pairs)
     if model.config.method == "maskclip":
-        yield mask_sheet(paths[:3], model.config.grid, config["mask_ratio"])
-        yield codeword_sheet(model, paths[:3])
+        yield mask_sheet(paths, model.config.grid, config["mask_ratio"])
+        yield codeword_sheet(model, paths)
+
+
+def first_pairs(folder):
+    """The first three pictures of a retrieval set, each with its first text."""
+    paths, texts, picture_of_text = testsets.karpathy(folder)
+    return [(path, texts[picture_of_text.index(i)]) for i, path in enumerate(paths[:3])]
 
 
 def report(folders, path, root="data"):
@@ -239,6 +246,7 @@ def report(folders, path, root="data"):
         with atomic_write(file) as out:
             out.write(text.encode())
 
+
 # ---------------------------------------------------------------- the command line
 
 def draw(what, names, checkpoint, root):
@@ -251,9 +259,12 @@ def draw(what, names, checkpoint, root):
         return codeword_sheet(model, names)
     if tokenizer is None:
         raise ValueError(f"{what} needs a text encoder, which {checkpoint} does not have")
+    if what == "heatmap" and len(names) > 1:
+        return heatmap(model, tokenizer, [(path, names[-1]) for path in names[:-1]])
+    folder = evaluate.find(names[0], root, "val")
     if what == "heatmap":
-        return heatmap(model, tokenizer, names[:-1], names[-1])
-    return neighbour_sheet(model, tokenizer, evaluate.find(names[0], root, "val"))
+        return heatmap(model, tokenizer, first_pairs(folder))
+    return neighbour_sheet(model, tokenizer, folder)
 
 
 def run(args):
@@ -274,7 +285,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=("heatmap", "masks", "codewords", "neighbours", "report"))
     parser.add_argument("names", nargs="+", help="pictures, for heatmap with a caption at the end; "
-                        "neighbours: a retrieval set; report: runs")
+                        "heatmap, neighbours: a retrieval set; report: runs")
     parser.add_argument("--checkpoint", help="else the newest one under runs/")
     parser.add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"),
                         help="the folder of named data sets")
