@@ -59,7 +59,8 @@ def find_data(name, root="data"):
             kind = f"a folder with {', '.join(names[:3])}" if names else f"a {path.suffix} file"
             raise ValueError(f"{path} is {kind}, and training reads tar shards: convert it once by "
                              f"python tools/prepare.py pack {shlex.quote(str(path))} --out DIR "
-                             "(with --classes for folders that are named as their classes)")
+                             "(of a folder name its table, or add --classes if its folders are "
+                             "classes)")
     looked = ", ".join(f"{path}, {path / 'train'}" for path in paths)
     raise FileNotFoundError(
         f"no data set '{name}': looked in {looked} for shards, *.tar with KEY.jpg and KEY.txt as "

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +56,7 @@ def _outline(shape):
     radius = np.full((n, 1), 1.0 if shape in ("circle", "ring", "star") else 1.1)
     if shape == "star":
         radius[1::2] = 0.42
-    start = np.pi / 4 if shape == "square" else 0
-    angle = 2 * np.pi * np.arange(n) / n - np.pi / 2 + start
+    angle = 2 * np.pi * np.arange(n) / n - np.pi / 2 + (np.pi / 4 if shape == "square" else 0)
     return np.stack([np.cos(angle), np.sin(angle)], 1) * radius
 
 
@@ -70,17 +68,16 @@ def _ground(kind, size, rng):
     step = rng.uniform(5, 9)
     y, x = np.mgrid[:size, :size] / size
     along = x * np.cos(angle) + y * np.sin(angle)
-    if kind == "plain":
-        blend = np.zeros_like(x)
-    elif kind == "shaded":
+    blend = np.zeros_like(x)  # plain
+    if kind == "shaded":
         blend = (along - along.min()) / np.ptp(along)
     elif kind == "striped":
         blend = (along * step) % 1 < 0.5
     elif kind == "spotted":
         blend = ((x * step) % 1 - 0.5) ** 2 + ((y * step) % 1 - 0.5) ** 2 < 0.08
-    else:
+    elif kind == "grainy":
         blend = rng.random((size, size))
-    pixels = base + (other - base) * np.asarray(blend, float)[..., None]
+    pixels = base + (other - base) * blend[..., None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -97,39 +94,35 @@ def _arrange(rng, count, classes):
                 if all(math.hypot(x - o["x"], y - o["y"]) > radius + o["radius"] + 2
                        for o in objects):
                     turn = rng.uniform(-0.25, 0.25)
-                    objects.append(dict(name=name, size=size, x=x, y=y, radius=radius, turn=turn))
+                    axes = np.array([[math.cos(turn), math.sin(turn)],
+                                     [-math.sin(turn), math.cos(turn)]])
+                    objects.append(dict(name=name, size=size, x=x, y=y, radius=radius, axes=axes))
                     break
     return objects
 
 
-def _rotation(turn):
-    return np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-
-
-def _draw_shape(canvas, o, k, fill):
-    """Fill an object's outline on a canvas whose side is k * 64."""
-    pen = ImageDraw.Draw(canvas)
-    shape = o["name"].split()[1]
-    centre = k * np.array([o["x"], o["y"]])
-    radius = k * o["radius"]
-    corners = _outline(shape) @ _rotation(o["turn"])
-    pen.polygon([tuple(centre + radius * corner) for corner in corners], fill=fill)
-    if shape == "ring":
-        pen.circle(tuple(centre), radius * 0.55, fill=0)
-
-
-def _draw_texture(o, k, rng):
-    """The square around an object, in its shape's texture.  -> picture, (x0, y0, x1, y1)"""
+def _draw_object(o, rng, picture, labels):
+    """Draw an object in its texture on a picture (RGB, 128 x 128), and on its labels (64 x 64)."""
     colour, shape = o["name"].split()
     tone = (np.array(COLOURS[colour]) + rng.uniform(-18, 18, 3)).clip(0, 255)
     other = tone * 0.4 + (150 if tone.sum() < 330 else 0)  # lighter if it is dark, else darker
     reach = 1.2 * o["radius"]
     sides = (o["x"] - reach, o["y"] - reach, o["x"] + reach, o["y"] + reach)
-    x0, y0, x1, y1 = (int(k * side) for side in sides)
-    y, x = np.mgrid[y0:y1, x0:x1] / k
-    u, v = np.tensordot(_rotation(o["turn"]), [x - o["x"], y - o["y"]], 1)
+    x0, y0, x1, y1 = (int(2 * side) for side in sides)
+    y, x = np.mgrid[y0:y1, x0:x1] / 2
+    u, v = np.tensordot(o["axes"], [x - o["x"], y - o["y"]], 1)
     pixels = np.where(TEXTURES[shape](u, v)[..., None], other, tone)
-    return Image.fromarray(pixels.astype(np.uint8)), (x0, y0, x1, y1)
+    stencil = Image.new("L", picture.size)
+    for canvas, k, fill in ((stencil, 2, 255), (labels, 1, 1 + CLASSES.index(o["name"]))):
+        pen = ImageDraw.Draw(canvas)
+        centre = k * np.array([o["x"], o["y"]])
+        radius = k * o["radius"]
+        corners = centre + radius * (_outline(shape) @ o["axes"])
+        pen.polygon(corners.flatten().tolist(), fill=fill)
+        if shape == "ring":
+            pen.circle(tuple(centre), radius * 0.55, fill=0)
+    texture = Image.fromarray(pixels.astype(np.uint8))
+    picture.paste(texture, (x0, y0), stencil.crop((x0, y0, x1, y1)))
 
 
 def draw_scene(rng, count, classes):
@@ -140,15 +133,10 @@ def draw_scene(rng, count, classes):
     """
     objects = _arrange(rng, count, classes)
     ground = str(rng.choice(GROUNDS))
-    k = 2  # drawn at twice the size, then halved: smooth edges
-    picture = _ground(ground, 64 * k, rng)
+    picture = _ground(ground, 128, rng)  # twice the size, then halved: smooth edges
     labels = Image.new("L", (64, 64))
     for o in objects:
-        texture, box = _draw_texture(o, k, rng)
-        stencil = Image.new("L", picture.size)
-        _draw_shape(stencil, o, k, 255)
-        picture.paste(texture, box[:2], stencil.crop(box))
-        _draw_shape(labels, o, 1, 1 + CLASSES.index(o["name"]))
+        _draw_object(o, rng, picture, labels)
     return picture.resize((64, 64), Image.BOX), labels, objects, ground
 
 
@@ -167,21 +155,19 @@ def describe(objects, ground, rng, full=False):
     What it leaves out is drawn too: if no colour is said, the shape has to be learned.
     full: size, colour and shape of every object are said, as a test of retrieval needs.
     """
-    first, *rest = (objects[i] for i in rng.permutation(len(objects)))
-    noun = _noun(first, rng, full)
-    if not rest:
-        side = ["left", "middle", "right"][min(2, int(first["x"] // 21.4))]
+    order = [objects[i] for i in rng.permutation(len(objects))]  # one to three
+    noun, *others = [_noun(o, rng, full) for o in order]
+    if not others:
+        side = ["left", "middle", "right"][int(order[0]["x"] // 21.4)]
         end = [f" on the {side}", " in the picture", ""][rng.integers(3)]
         text = [f"{noun}{end}", f"a picture of {noun}", f"there is {noun}{end}",
                 f"one {noun[2:]}"][rng.integers(4)]
     else:
-        dx = rest[0]["x"] - first["x"]
-        dy = rest[0]["y"] - first["y"]
+        dx = order[1]["x"] - order[0]["x"]
+        dy = order[1]["y"] - order[0]["y"]
+        relation = "below" if dy < 0 else "above"
         if abs(dx) > abs(dy):
             relation = "right of" if dx < 0 else "left of"
-        else:
-            relation = "below" if dy < 0 else "above"
-        others = [_noun(o, rng, full) for o in rest]  # one or two
         if rng.random() < 0.6:
             text = ", and ".join([f"{noun} {relation} {others[0]}", *others[1:]])
         else:
@@ -211,7 +197,6 @@ def draw_shard(folder, seed, size, number):
 
 
 def _draw_retrieval(folder, seed):
-    (folder / "images").mkdir(parents=True)
     images = []
     for i in range(500):
         rng = np.random.default_rng([seed, 1, i])
@@ -236,8 +221,6 @@ def _draw_classes(folder, seed):
 
 
 def _draw_segmentation(folder, seed):
-    for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True)
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", "utf-8")
     (folder / "templates.txt").write_text(TEMPLATES, "utf-8")
     for i in range(200):
@@ -247,8 +230,9 @@ def _draw_segmentation(folder, seed):
         labels.save(folder / f"labels/{i:05d}.png")
 
 
-def _call(task):
-    task()
+def _draw(task):
+    function, *arguments = task
+    function(*arguments)
 
 
 def draw_demo(folder, shards=20, shard_size=1000, seed=0):
@@ -275,12 +259,12 @@ def draw_demo(folder, shards=20, shard_size=1000, seed=0):
     # Drawn under another name, so that a process that is killed leaves nothing like a demo.
     part = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        (part / "train").mkdir(parents=True)
-        tasks = [partial(_draw_classes, part / "classes", seed),
-                 partial(_draw_retrieval, part / "val", seed),
-                 partial(_draw_segmentation, part / "dense", seed)]
-        tasks += [partial(draw_shard, part / "train", seed, shard_size, i) for i in range(shards)]
-        drawn = in_parallel(_call, tasks)
+        for name in ("train", "val/images", "dense/images", "dense/labels"):
+            (part / name).mkdir(parents=True)
+        tasks = [(_draw_classes, part / "classes", seed), (_draw_retrieval, part / "val", seed),
+                 (_draw_segmentation, part / "dense", seed)]
+        tasks += [(draw_shard, part / "train", seed, shard_size, i) for i in range(shards)]
+        drawn = in_parallel(_draw, tasks)
         list(tqdm(drawn, "drawing the demo world", len(tasks), disable=None, leave=False))
         (part / "demo.json").write_text(settings, "utf-8")
         if not marker.is_file():  # else another process was faster

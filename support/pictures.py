@@ -35,36 +35,35 @@ def open_picture(content):
 
 
 def _orientation(image):
-    """EXIF's orientation, 1 if there is none; from 5 on, width and height are exchanged."""
+    """EXIF's orientation, 1 if there is none."""
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        return image.getexif().get(0x0112, 1)
     except BAD_IMAGE:
         return 1  # damaged EXIF does not spoil the pixels
-    return orientation if orientation in UPRIGHT else 1
 
 
 def upright_size(image):
     """-> (width, height) of the picture once it is turned as EXIF says"""
-    return image.size[::-1] if _orientation(image) >= 5 else image.size
+    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
 
 
 def decode(content, shrink=1.0):
     """Bytes, or open_picture's picture -> RGB picture: upright, on white, the first frame.
 
-    shrink: how many times smaller the picture is needed: a JPEG is then decoded at 1/2, 1/4 or 1/8
-    of its size, never smaller than needed.  Raises one of BAD_IMAGE.
+    shrink: how many times smaller the picture is needed: a JPEG is decoded at 1/2, 1/4 or 1/8 of
+    its size, never smaller than needed.  Raises one of BAD_IMAGE.
     """
     image = open_picture(content) if isinstance(content, bytes) else content
     if shrink >= 2:
         image.draft(image.mode, [math.ceil(side / shrink) for side in image.size])  # JPEGs only
-    orientation = _orientation(image)
-    if orientation != 1:
-        image = image.transpose(UPRIGHT[orientation])
+    turn = UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # grey of 16 bits, which convert would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
+        white.paste(image, mask=image)
         return white
     return image.convert("RGB")

@@ -1,8 +1,8 @@
 """Tar shards of (picture, captions) pairs, read in any order by an index.
 
 The layout is img2dataset's and webdataset's: KEY.jpg (or another of IMAGE_SUFFIXES) with KEY.txt,
-or with the TEXT_FIELDS of KEY.json.  webdataset streams its shards and shuffles in a buffer; an
-index, built once from the headers of the tars, allows an exact order instead.
+or with the TEXT_FIELDS of KEY.json.  An index, built once from the headers of the tars, allows an
+exact order, where webdataset streams and shuffles in a buffer.
 
     shards = Shards("data/demo/train", ["00000.tar", "00001.tar"])
     content, captions = shards.read(0)
@@ -11,13 +11,12 @@ import contextlib
 import hashlib
 import io
 import json
-import mmap
 import multiprocessing
 import os
 import signal
 import tarfile
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +88,8 @@ def find_shards(folder):
 
 def captions_of(record):
     """The TEXT_FIELDS of a record (dict) that are not empty.  ValueError if there is none."""
-    if not isinstance(record, dict):
-        raise ValueError("the record has no named fields")
     captions = []
-    for field in TEXT_FIELDS:
+    for field in TEXT_FIELDS if isinstance(record, dict) else ():
         value = record.get(field)
         texts = value if isinstance(value, list) else [value]
         captions += [text.strip() for text in texts if isinstance(text, str) and text.strip()]
@@ -116,7 +113,7 @@ def _scan_shard(folder, name):
     texts = {}
     warning = ""
     try:
-        with tarfile.open(os.path.join(folder, name), "r:") as tar:
+        with tarfile.open(Path(folder, name), "r:") as tar:
             for member in tar:
                 key, suffix = os.path.splitext(member.name)
                 suffix = suffix.lower()
@@ -135,35 +132,35 @@ def _scan_shard(folder, name):
     alone = len(images.keys() ^ texts.keys())
     if alone and not warning:
         warning = f"holds {alone} pictures or captions that have no partner and are left out"
-    rows = [(*images[key], *texts[key]) for key in images if key in texts]
-    return np.array(rows, ROW), warning
+    return np.array([(*images[key], *texts[key]) for key in images if key in texts], ROW), warning
 
 
 def _build_index(folder, state):
-    """Write an index: a line of JSON, then all rows.  -> the line's dict, the rows"""
+    """Write an index: a line of JSON, then the rows of all shards.  -> as _read_index"""
     results = in_parallel(partial(_scan_shard, folder), state)
     scanned = list(tqdm(results, "reading headers", len(state), disable=None, leave=False))
     header = dict(state=state, counts=[len(rows) for rows, _ in scanned],
                   warnings=[warning for _, warning in scanned])
-    rows = np.concatenate([rows for rows, _ in scanned])
     path = index_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        file.write(json.dumps(header).encode() + b"\n" + rows.tobytes())
-    return header, rows
+        file.write(json.dumps(header).encode() + b"\n")
+        file.writelines(rows.tobytes() for rows, _ in scanned)
+    return dict(zip(state, scanned))
 
 
 def _read_index(path, state):
-    """-> as _build_index, mapped into memory; None if there is no complete index of this state"""
+    """-> {name of a shard: (rows, warning)}; None if there is no complete index of this state"""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            rows = np.frombuffer(content, ROW, offset=file.tell())
+            rows = np.asarray(np.memmap(file, ROW, "r", file.tell()))  # mapped into memory
     except (OSError, ValueError):
         return None
-    fits = header.get("state") == state and len(rows) == sum(header["counts"])
-    return (header, rows) if fits else None
+    if header.get("state") != state or len(rows) != sum(header["counts"]):
+        return None
+    ends = np.cumsum(header["counts"])
+    return dict(zip(state, zip(np.split(rows, ends[:-1]), header["warnings"])))
 
 
 class Shards:
@@ -176,21 +173,16 @@ class Shards:
     def __init__(self, folder, names):
         self.folder = os.path.abspath(folder)
         self.names = list(names)
-        self._files = {}  # path -> open file
-        state = {}
-        for path in find_shards(self.folder):
-            stat = path.stat()
-            state[path.name] = [stat.st_size, stat.st_mtime_ns]
-        header, self._rows = (
-            _read_index(Path(self.folder, INDEX_NAME), state)  # also if the folder is read-only
-            or _read_index(index_path(self.folder), state) or _build_index(self.folder, state))
-        counts = np.array(header["counts"], np.int64)
-        numbers = [list(state).index(name) for name in self.names]
-        self.sizes = counts[numbers]
+        self._open = lru_cache(OPEN_FILES)(partial(open, mode="rb"))
+        stats = {path.name: path.stat() for path in find_shards(self.folder)}
+        state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        index = (_read_index(Path(self.folder, INDEX_NAME), state)  # also if it is read-only
+                 or _read_index(index_path(self.folder), state) or _build_index(self.folder, state))
+        self._rows = [index[name][0] for name in self.names]
+        self.sizes = np.array([len(rows) for rows in self._rows], np.int64)
         self._ends = np.cumsum(self.sizes)
-        self._shift = np.cumsum(counts)[numbers] - self._ends  # from a pair to its row
-        self.warnings = [f"{os.path.join(self.folder, name)} {header['warnings'][number]}"
-                         for name, number in zip(self.names, numbers) if header["warnings"][number]]
+        self.warnings = [f"{self.folder}/{name} {index[name][1]}"
+                         for name in self.names if index[name][1]]
         packed = Path(self.folder, "pack.json")
         if packed.is_file() and '"done": false' in packed.read_text("utf-8", "replace"):
             self.warnings.append(f"{self.folder} is not packed to the end: the same command of "
@@ -207,15 +199,11 @@ class Shards:
     def _find(self, i):
         """-> path of the shard, the pair's row (a tuple as ROW)"""
         shard = int(self._ends.searchsorted(i, "right"))
-        path = os.path.join(self.folder, self.names[shard])
-        return path, self._rows[i + self._shift[shard]].item()
+        row = self._rows[shard][i - self._ends[shard]]  # below 0: counted from the shard's end
+        return f"{self.folder}/{self.names[shard]}", row.item()
 
     def _bytes(self, path, offset, size):
-        if path not in self._files:
-            if len(self._files) == OPEN_FILES:
-                self._files.clear()  # closes them
-            self._files[path] = open(path, "rb")
-        content = os.pread(self._files[path].fileno(), size, offset)
+        content = os.pread(self._open(path).fileno(), size, offset)
         if len(content) < size:
             raise OSError(f"{path} is shorter than it was when it was indexed")
         return content

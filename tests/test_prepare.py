@@ -2,7 +2,6 @@
 import bz2
 import csv
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -11,7 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import picture_bytes, write_shard
+from helpers import finish, picture_bytes, start, write_shard
 from PIL import Image
 
 import data
@@ -21,15 +20,14 @@ from tools import prepare, readers
 
 @pytest.fixture
 def run(capfd):
-    """The command line.  -> what it prints; the sentence with which it fails comes last"""
+    """The command line.  -> what it prints"""
     def call(*arguments, fails=False):
         with pytest.raises(SystemExit) as end:
             prepare.main(list(map(str, arguments)))
         assert bool(end.value.code) == fails
         printed = capfd.readouterr()
-        sentence = end.value.code if isinstance(end.value.code, str) else ""
-        assert "\n" not in sentence
-        return printed.out + printed.err + sentence
+        assert "Traceback" not in printed.err
+        return printed.out + printed.err
     return call
 
 
@@ -69,11 +67,8 @@ def draw_pictures(folder, numbers):
         (folder / f"{number}.jpg").write_bytes(picture(number))
 
 
-def noise(width, height):
-    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
-
-
-TRUNCATED = picture_bytes(noise(90, 90), kind="JPEG")[:-2000]
+NOISE = np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)
+TRUNCATED = picture_bytes(NOISE, kind="JPEG")[:-2000]
 
 
 def write_table(path, rows, columns=("image", "title", "description")):
@@ -120,16 +115,17 @@ def test_odd_records_are_left_out_and_spare_the_others(tmp_path, packed):
     (tmp_path / "b.csv").write_bytes(("image,caption\r\n" + "\r\n".join(rows)).encode())
     found, _ = packed(tmp_path / "b.csv")
     assert [captions[0] for _, captions in found] == ['a 5" disk', "two\r\nlines", "end"]
-    (tmp_path / "c.tsv").write_bytes(b"image\tcaption\r\n\r\n0.jpg\to\rne\r\n\r\n0.jpg\ttwo\r\n")
-    assert packed(tmp_path / "c.tsv")[0] == [(0, ["o\rne"]), (0, ["two"])]
+    long = "long" * 50_000
+    rows = ["image\tcaption", "", "0.jpg\to\rne", "", f"0.jpg\t{long}", "0.jpg\ttwo", ""]
+    (tmp_path / "c.tsv").write_bytes("\r\n".join(rows).encode())
+    assert packed(tmp_path / "c.tsv")[0] == [(0, ["o\rne"]), (0, [long]), (0, ["two"])]
 
 
 @pytest.mark.parametrize("name,content,word", [
-    ("a.txt", "image\tcaption\n", "tables"), ("c.csv", "photo,caption\n0.jpg,x\n", "none of"),
-    ("d.tsv", "image\ttitle\nnowhere.jpg\tx\n", "nowhere.jpg"), ("g.tsv", "", "none of"),
+    ("c.csv", "photo,caption\n0.jpg,x\n", "none of"),
+    ("d.tsv", "image\ttitle\nnowhere.jpg\tx\n", "nowhere.jpg"), ("k.pkl", "(lp0", "k.pkl"),
     ("e.csv", 'image,title\n0.jpg,"never closed' + " and on" * 200_000, "limit"),
-    ("h.json", "[1]", "h.json"), ("j.json", '{"images": [], "annotations": [{}]}', "image_id"),
-    ("k.pkl", "(lp0", "k.pkl")])
+    ("j.json", '{"images": [], "annotations": [{}]}', "image_id"), ("g.tsv", "", "none of")])
 def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
     draw_pictures(tmp_path, [0])
     (tmp_path / name).write_text(content)
@@ -137,19 +133,14 @@ def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_gives_its_shards_or_its_only_table(tmp_path, run, packed):
-    folder = tmp_path / "set"
-    draw_pictures(folder / "cat", [0])
-    assert "--classes" in run("pack", folder, "--out", tmp_path / "out", fails=True)  # no guess
-    write_table(folder / "a.csv", [("cat/0.jpg", "from a table", "")])
-    assert packed(folder)[0] == [(0, ["from a table"])]
-    write_table(folder / "b.csv", [("cat/0.jpg", "from another", "")])
-    assert "2 tables" in run("pack", "set", "--root", tmp_path, "--out", "out", fails=True)
-    found, _ = packed(folder / "a.csv", "set/b.csv", "--root", tmp_path)
-    assert found == [(0, ["from a table"]), (0, ["from another"])]
-    write_shard(folder / "train/0.tar", [("0.jpg", picture(7)), ("0.txt", b"from shards")])
-    assert packed("set", "--root", tmp_path)[0] == [(7, ["from shards"])]
-    assert "nowhere" in run("pack", "nowhere", "--out", tmp_path / "out", fails=True)
+def test_what_is_no_source_is_answered_and_nothing_is_guessed(tmp_path, run):
+    draw_pictures(tmp_path / "set/cat", [0])
+    table = write_table(tmp_path / "set/a.csv", [("cat/0.jpg", "from a table", "")])
+    folders = ("--root", tmp_path, "--out", tmp_path / "out")
+    for arguments, word in ((["set"], "--classes"), (["set/a.csv", table], "one table"),
+                            (["nowhere"], "nowhere"), (["nowhere.csv"], "nowhere.csv"),
+                            ([table, "--shard-size", 0], "--shard-size")):
+        assert word in run("pack", *arguments, *folders, fails=True)
 
 
 def test_class_folders(tmp_path, packed, run):
@@ -166,8 +157,6 @@ def test_class_folders(tmp_path, packed, run):
     (tmp_path / "set/templates.txt").write_text("one {}\n")  # other captions: another source
     answer = run("pack", tmp_path / "set", "--classes", "--out", tmp_path / "packed0", fails=True)
     assert "another --out" in answer
-    table = write_table(tmp_path / "t.csv", [("set/n01/31.jpg", "red_fox")], ("path", "class"))
-    assert packed(table)[0] == [(31, [text.format("red fox") for text in data.TEMPLATES])]
 
 
 def test_coco_captions(tmp_path, packed):
@@ -198,14 +187,20 @@ def yfcc100m(tmp_path):
 
 def test_slips_pickle_and_zips(yfcc100m, packed):
     folder, numbers = yfcc100m
-    (folder / "images/50").mkdir()
+    for name in ("50", "70"):
+        (folder / "images" / name).mkdir()
     (folder / "images/50/000.zip").write_bytes(b"cut off")
+    with zipfile.ZipFile(folder / "images/70/000.zip", "w") as file:
+        file.writestr("000.jpg", picture(0))
+        file.filelist[0].flag_bits = 1  # the directory says that it is encrypted
     records = [(n, f"title {i}", "" if i == 3 else f"words {i}") for n, i in numbers.items()]
-    extra = [(60_000_000, "no such zip", ""), (1, "not in it", ""), (50_000_000, "no zip", "")]
+    extra = [(60_000_000, "no such zip", ""), (1, "not in it", ""), (50_000_000, "no zip", ""),
+             (70_000_000, "encrypted", "")]
     (folder / "yfcc15m.pkl").write_bytes(pickle.dumps([*records, *extra]))
-    found, printed = packed(folder)
+    found, printed = packed(folder / "yfcc15m.pkl")
     assert found == [(i, [f"title {i}", f"words {i}"][:1 if i == 3 else 2]) for i in range(5)]
-    assert "left out 3" in printed and "001.jpg" in printed and "50/000.zip" in printed
+    assert "left out 4" in printed
+    assert all(word in printed for word in ("001.jpg", "50/000.zip", "encrypted"))
 
 
 def test_slips_npy(tmp_path, packed):
@@ -250,7 +245,7 @@ def test_pack_resizes_and_keeps_bytes_and_resumes(tmp_path, run):
     assert [data.decode(pairs[i][0]).width - 10 for i in range(5)] == [54, 1, 2, 3, 4]
     assert pairs[1][0] == picture(1)  # small enough: its bytes stay
     exact = Image.fromarray(array).resize((64, 192), Image.BICUBIC)
-    difference = np.array(data.decode(pairs[0][0])).astype(int) - np.array(exact)
+    difference = np.array(data.decode(pairs[0][0])) - np.array(exact, float)
     assert np.abs(difference).mean() < 3  # once through JPEG
 
     paths = shards.find_shards(out)
@@ -265,32 +260,24 @@ def test_pack_resizes_and_keeps_bytes_and_resumes(tmp_path, run):
 
 
 @pytest.mark.slow
-def test_a_pack_that_is_interrupted_resumes(tmp_path, run, capfd):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_pack_that_is_stopped_resumes(tmp_path, run, number):
     large = picture_bytes("red", (1200, 1200))  # a small file, and some 20 ms to resize
     write_shard(tmp_path / "in/0.tar", members(range(160), "png", large))
     out = tmp_path / "out"
     command = ("pack", tmp_path / "in", "--out", out, "--size", 20, "--shard-size", 4)
-    process = multiprocessing.get_context("fork").Process(target=_run_apart, args=(command,))
-    process.start()
+    process = start("tools/prepare.py", *command, start_new_session=True)
     while not shards.find_shards(out):
-        assert process.is_alive()
+        assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
-    process.join(30)
+    os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches all processes too
+    status, _, error = finish(process)
+    assert status == (1 if number == signal.SIGINT else -9) and "Traceback" not in error
     assert "resumes" in data.Pairs([str(out)]).warnings[0]
-    error = capfd.readouterr().err
-    assert process.exitcode == 1 and "command resumes" in error and "Traceback" not in error
     times = {path: path.stat().st_mtime_ns for path in shards.find_shards(out)}
-    (out / "00039.tar.partial-0").touch()  # as a run that is killed leaves it
     run(*command)
     assert len(contents(out)) == 160 and not list(out.glob("*partial*"))
     assert all(path.stat().st_mtime_ns == changed for path, changed in times.items())
-
-
-def _run_apart(arguments):
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # other tests may have changed it
-    prepare.main(list(map(str, arguments)))
 
 
 # ---------------------------------------------------------------- check, show, stats, yfcc
@@ -330,9 +317,8 @@ def test_yfcc_cleans_captions_as_slip(yfcc100m, run, packed):
              99_999_001: ("DSC_0001", "", ["DSC_0001"])}
     lines = []
     for number, (title, description, _) in (cases | {7: ("not in the list", "", [])}).items():
-        cells = [str(number), str(10 ** 9 + number), f"{number:032x}", *["x"] * 22]
+        cells = [str(number), "1", f"{number:032x}", *["x"] * 22]
         cells[8:10] = title, description
-        cells[16] = f"http://farm1.staticflickr.com/{number}.jpg"
         lines.append("\t".join(cells) + "\n")
     table = folder / "dataset.txt"
     table.write_text("".join(lines))
@@ -340,28 +326,18 @@ def test_yfcc_cleans_captions_as_slip(yfcc100m, run, packed):
     subset.write_text("".join(f"{number}\t1\t2\n" for number in cases))
     out = folder / "yfcc15m.tsv"
     assert "4 of 5 pictures" in run("yfcc", subset, table, "--out", out)
-    assert packed(folder)[0] == [(numbers[n], case[2]) for n, case in cases.items() if case[2]]
-    before = out.read_text()
-    assert "http://farm1.staticflickr.com/345999.jpg" in before
+    assert packed(out)[0] == [(numbers[n], case[2]) for n, case in cases.items() if case[2]]
     assert "exists" in run("yfcc", subset, table, "--out", out, fails=True)
-    assert out.read_text() == before
 
     zipped = folder / "dataset.txt.bz2"
     zipped.write_bytes(bz2.compress(table.read_bytes()))
     run("yfcc", subset, zipped, "--hashed", "--out", folder / "hashed.tsv")
     first = (folder / "hashed.tsv").read_text("utf-8").splitlines()[1]
-    assert first.startswith(f"000/000/{0:032x}.jpg\thttp")
+    assert first.startswith(f"000/000/{0:032x}.jpg\tx\tOld boat")
 
     zipped.write_bytes(zipped.read_bytes()[:-20])  # cut off
     older = folder / "older.txt"
     older.write_text("6985418911\tx\n")  # an older table's photo identifier
-    for arguments, word in (((subset, zipped), "ended"), ((older, table), "number")):
+    for arguments, word in (((subset, zipped), "cut off"), ((older, table), "number")):
         assert word in run("yfcc", *arguments, "--out", folder / "no.tsv", fails=True)
     assert not (folder / "no.tsv").exists()
-
-
-@pytest.mark.parametrize("arguments,word", [
-    (["pack", "X", "--out", "O", "--shard-size", "0"], "--shard-size"), (["pack", "X"], "--out"),
-    (["stats", "X"], "'X'"), (["mend"], "mend")])
-def test_bad_input_is_answered_by_one_sentence(arguments, word, run, tmp_path):
-    assert word in run(*arguments, *["--root", tmp_path] * (arguments[0] != "mend"), fails=True)

@@ -19,7 +19,7 @@ import sys
 import tarfile
 import textwrap
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 from support.pictures import BAD_IMAGE, decode, open_picture, upright_size
-from support.runtime import sentence_of
+from support.runtime import run_program, sentence_of
 from support.shards import add_member, atomic_write, find_shards, in_parallel
 from tools import readers
 
@@ -54,19 +54,18 @@ def pack(names, root, out, size=0, shard_size=10_000, classes=False):
     settings = dict(source=fingerprint, size=size, shard_size=shard_size, done=False)
     file = out / "pack.json"
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        packed = json.loads(file.read_bytes()) if file.is_file() else {}
-        if packed | dict(done=False) != settings:
-            raise ValueError(f"{out} is not empty, and it was not packed from this source with "
-                             "these options: give another --out")
-    _write(file, settings)
+    packed = json.loads(file.read_bytes()) if file.is_file() else {}
+    if any(out.iterdir()) and packed | dict(done=False) != settings:
+        raise ValueError(f"{out} is not empty, and it was not packed from this source with these "
+                         "options: give another --out")
+    with atomic_write(file) as marker:
+        marker.write(json.dumps(settings).encode())
     for line in warnings:
         print(f"warning: {line}")
     for path in out.glob("*.partial-*"):  # of a run that was killed
         path.unlink()
     n_kept = len(find_shards(out))
-    n_pairs = 0
-    n_bad = 0
+    n_pairs = n_bad = 0
     results = in_parallel(partial(_pack_shard, size), _tasks(records, out, shard_size))
     for n, bad in tqdm(results, f"packing into {out}", unit=" shards", disable=None):
         n_pairs += n
@@ -75,14 +74,10 @@ def pack(names, root, out, size=0, shard_size=10_000, classes=False):
         n_bad += len(bad)
     if not n_pairs and not n_kept:
         raise ValueError(f"no pairs to pack; {n_bad:,} records were left out")
-    _write(file, settings | dict(done=True))
+    with atomic_write(file) as marker:
+        marker.write(json.dumps(settings | dict(done=True)).encode())
     print(f"{out}: packed {n_pairs:,} pairs; kept {n_kept:,} shards of an earlier run; "
           f"left out {n_bad:,} records")
-
-
-def _write(path, settings):
-    with atomic_write(path) as file:
-        file.write(json.dumps(settings).encode())
 
 
 def _tasks(records, out, shard_size):
@@ -136,27 +131,26 @@ def _packed_picture(content, size):
 # ---------------------------------------------------------------- check, show, stats
 
 def check(pairs):
-    """Decode every pair once and print those that are bad.  -> how many are"""
-    tasks = [(source, range(first, min(first + 1000, len(source))))
-             for source in pairs.sources for first in range(0, len(source), 1000)]
+    """Decode every pair once and print those that are bad.  Raises ValueError if there are any."""
+    starts = range(0, len(pairs), 1000)
+    results = in_parallel(partial(_check, pairs), starts)
     n_bad = 0
-    for bad in tqdm(in_parallel(_check, tasks), "checking", len(tasks), disable=None):
+    for bad in tqdm(results, "checking", len(starts), disable=None):
         n_bad += len(bad)
         for line in bad:
             print(line)
-    print(f"{n_bad:,} of {sum(map(len, pairs.sources)):,} pairs are bad; pack leaves them out")
-    return n_bad
+    print(f"{n_bad:,} of {len(pairs):,} pairs are bad")
+    if n_bad or pairs.warnings:
+        raise ValueError("the data is damaged; prepare.py pack leaves out what is bad")
 
 
-def _check(task):
-    source, rows = task
+def _check(pairs, start):
     bad = []
-    for i in rows:
+    for i in range(start, min(start + 1000, len(pairs))):
         try:
-            content, _ = source.read(i)
-            decode(content)
+            decode(pairs[i][0])
         except BAD_IMAGE as error:
-            bad.append(f"{source.name(i)}: {sentence_of(error)}")
+            bad.append(f"{pairs.name(i)}: {sentence_of(error)}")
     return bad
 
 
@@ -168,9 +162,7 @@ def show(pairs, out, seed=0):
     sheet = Image.new("RGB", (6 * width, 4 * height), "white")
     pen = ImageDraw.Draw(sheet)
     rng = np.random.default_rng(seed)
-    for k in range(24):
-        x = k % 6 * width + 4
-        y = k // 6 * height + 4
+    for y, x in product(range(4, 4 * height, height), range(4, 6 * width, width)):
         try:
             content, captions = pairs[int(rng.integers(len(pairs)))]
             image = decode(content)
@@ -188,20 +180,19 @@ def stats(pairs, limit=2_000):
     """Print the pairs of each source, and sizes of about `limit` pairs, spread evenly."""
     for source in pairs.sources:
         print(f"{len(source):,} pairs in {len(source.sizes):,} shards: {source.folder}")
-    values = {"words of a caption": [], "shorter side": [], "longer side": []}
+    rows = []
     for i in range(0, len(pairs), max(1, len(pairs) // limit)):
         try:
             content, captions = pairs[i]
-            shorter, longer = sorted(upright_size(open_picture(content)))
+            sides = sorted(upright_size(open_picture(content)))
         except BAD_IMAGE:
             continue  # check names it
-        values["words of a caption"] += [len(caption.split()) for caption in captions]
-        values["shorter side"].append(shorter)
-        values["longer side"].append(longer)
-    if not values["longer side"]:
+        rows += [(len(caption.split()), *sides) for caption in captions]
+    if not rows:
         raise ValueError("none of the pairs can be read: prepare.py check says why")
-    for title, numbers in values.items():
-        median, high, most = np.percentile(numbers, (50, 95, 100))
+    values = np.percentile(rows, (50, 95, 100), axis=0)  # (3, 3)
+    titles = ("words of a caption", "shorter side", "longer side")
+    for title, (median, high, most) in zip(titles, values.T):
         print(f"{title}: median {median:,.0f}, 95 % {high:,.0f}, most {most:,.0f}")
 
 
@@ -224,7 +215,7 @@ def yfcc(subset, dataset, out, hashed=False):
     three are the same, the ninth and tenth title and description, the 17th the URL.  Either may be
     .bz2.  image: SLIP's path in zips, or with `hashed` that of the public bucket, HAS/HHA/HASH.jpg.
     """
-    if Path(out).exists():
+    if out.exists():
         raise ValueError(f"{out} exists: delete it, or give another --out")
     wanted = np.zeros(YFCC100M_LINES, bool)
     for number, _ in _numbered_lines(subset):
@@ -237,82 +228,74 @@ def yfcc(subset, dataset, out, hashed=False):
                 continue
             if len(cells) != 25:
                 raise ValueError(f"{dataset}: line {number} has {len(cells)} columns, not 25")
-            title = clean_yfcc(cells[8])
-            description = clean_yfcc(cells[9])
-            if title or description:
+            texts = [clean_yfcc(cell) for cell in cells[8:10]]
+            if any(texts):
                 name = cells[2]
                 image = f"{name[:3]}/{name[3:6]}/{name}.jpg" if hashed else readers.yfcc_zip(number)
-                row = f"{image}\t{cells[16]}\t{title}\t{description}\n"
-                file.write(row.encode("utf-8", "replace"))
+                file.write("\t".join([image, cells[16], *texts]).encode() + b"\n")
                 n_rows += 1
     print(f"{out}: {n_rows:,} of {wanted.sum():,} pictures have captions")
 
 
 def _numbered_lines(path):
     """Yield the number in the first cell, and the cells, of each line of a table."""
-    with bz2.open(path) if Path(path).suffix == ".bz2" else open(path, "rb") as file:
-        for line in tqdm(file, f"reading {path}", unit=" lines", disable=None):
-            cells = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-            if not cells[0].isdigit() or int(cells[0]) >= YFCC100M_LINES:
-                raise ValueError(f"{path}: a line must begin with its number in YFCC100M's table, "
-                                 f"not '{cells[0][:80]}'")
-            yield int(cells[0]), cells
+    try:
+        with bz2.open(path) if path.endswith(".bz2") else open(path, "rb") as file:
+            for line in tqdm(file, f"reading {path}", unit=" lines", disable=None):
+                cells = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+                if not cells[0].isdigit() or int(cells[0]) >= YFCC100M_LINES:
+                    raise ValueError(f"{path}: a line must begin with its number in YFCC100M's "
+                                     f"table, not '{cells[0][:80]}'")
+                yield int(cells[0]), cells
+    except EOFError as error:
+        raise ValueError(f"{path} is cut off: {error}") from error
 
 
 # ---------------------------------------------------------------- command line
 
-def command_line(argv):
-    """Parse the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    pack_command = commands.add_parser("pack")
-    show_command = commands.add_parser("show")
-    for command in (pack_command, show_command, *map(commands.add_parser, ("check", "stats"))):
-        command.add_argument("data", nargs="+", help="as train.py's --data; pack takes tables too, "
-                             f"{', '.join(readers.ROWS)}")
-        command.add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"))
-    pack_command.add_argument("--out", type=Path, required=True, help="folder of shards")
-    pack_command.add_argument("--classes", action="store_true",
-                              help="a folder with a folder of pictures for each class")
-    pack_command.add_argument("--size", type=int, default=0,
-                              help="resize longer short sides to so many pixels")
-    pack_command.add_argument("--shard-size", type=int, default=10_000, help="pairs a shard")
-    show_command.add_argument("--out", type=Path, required=True, help="NAME.png")
-    show_command.add_argument("--seed", type=int, default=0)
-    yfcc_command = commands.add_parser("yfcc")
-    yfcc_command.add_argument("subset", help="OpenAI's yfcc100m_subset_data.tsv")
-    yfcc_command.add_argument("dataset", help="YFCC100M's yfcc100m_dataset.txt")
-    yfcc_command.add_argument("--out", type=Path, required=True, help="the table, yfcc15m.tsv")
-    yfcc_command.add_argument("--hashed", action="store_true",
-                              help="pictures are named by hash, as in the public bucket")
-    return parser.parse_args(argv)
+def run(args):
+    """Do what the command line asks for."""
+    if args.command == "pack":
+        pack(args.data, args.root, args.out, args.size, args.shard_size, args.classes)
+    elif args.command == "yfcc":
+        yfcc(args.subset, args.dataset, args.out, args.hashed)
+    else:
+        pairs = data.Pairs(args.data, args.root)
+        for line in pairs.warnings:
+            print(f"warning: {line}")
+        if args.command == "check":
+            check(pairs)
+        elif args.command == "show":
+            show(pairs, args.out, args.seed)
+        else:
+            stats(pairs)
 
 
 def main(argv=None):
     """The command line."""
-    args = command_line(argv)
-    status = 0
-    try:
-        if args.command == "pack":
-            pack(args.data, args.root, args.out, args.size, args.shard_size, args.classes)
-        elif args.command == "yfcc":
-            yfcc(args.subset, args.dataset, args.out, args.hashed)
-        else:
-            pairs = data.Pairs(args.data, args.root)
-            for line in pairs.warnings:
-                print(f"warning: {line}")
-            if args.command == "check":
-                status = 1 if check(pairs) or pairs.warnings else 0
-            elif args.command == "show":
-                show(pairs, args.out, args.seed)
-            else:
-                stats(pairs)
-    except (OSError, ValueError, EOFError) as error:  # EOFError: a .bz2 that is cut off
-        sys.exit(f"prepare.py: error: {sentence_of(error)}")
-    except KeyboardInterrupt:
-        sys.exit("prepare.py: interrupted; the same pack command resumes")
-    sys.exit(status)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsers = parser.add_subparsers(dest="command", required=True)
+    names = ("pack", "check", "show", "stats", "yfcc")
+    commands = {name: parsers.add_parser(name) for name in names}
+    for name in names[:4]:
+        commands[name].add_argument("data", nargs="+", help="as train.py's --data; pack takes "
+                                    f"tables too, {', '.join(readers.ROWS)}")
+        commands[name].add_argument("--root", default=os.environ.get("MASKCLIP_DATA", "data"))
+    for name, what in (("pack", "folder of shards"), ("show", "NAME.png"), ("yfcc", "NAME.tsv")):
+        commands[name].add_argument("--out", type=Path, required=True, help=what)
+    commands["pack"].add_argument("--classes", action="store_true",
+                                  help="a folder with a folder of pictures for each class")
+    commands["pack"].add_argument("--size", type=int, default=0,
+                                  help="resize longer short sides to so many pixels")
+    commands["pack"].add_argument("--shard-size", type=int, default=10_000, help="pairs a shard")
+    commands["show"].add_argument("--seed", type=int, default=0)
+    commands["yfcc"].add_argument("subset", help="OpenAI's yfcc100m_subset_data.tsv")
+    commands["yfcc"].add_argument("dataset", help="YFCC100M's yfcc100m_dataset.txt")
+    commands["yfcc"].add_argument("--hashed", action="store_true",
+                                  help="pictures are named by hash, as in the public bucket")
+    args = parser.parse_args(argv)
+    run_program("prepare.py", lambda: run(args))
 
 
 if __name__ == "__main__":
