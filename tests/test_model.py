@@ -234,7 +234,7 @@ def test_the_same_seed_gives_shared_parts_the_same_weights():
     assert not torch.equal(clip["visual.pos_embed"], weights("clip", 1)["visual.pos_embed"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["clip", "slip", "clip_mae", "maskclip"])
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow),
                                     pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_vit_b16_step(method, device):
