@@ -64,8 +64,8 @@ def find_data(name, root="data"):
     looked = ", ".join(f"{path}, {path / 'train'}" for path in paths)
     raise FileNotFoundError(
         f"no data set '{name}': looked in {looked} for shards, *.tar with KEY.jpg and KEY.txt as "
-        "img2dataset writes them (--root or $MASKCLIP_DATA name another folder; README says how to "
-        "get the data sets)")
+        "img2dataset writes them (--root or $MASKCLIP_DATA name another folder; docs/data.md says "
+        "how to get the data sets)")
 
 
 def _split_weight(name, root):

@@ -29,6 +29,8 @@ def read_run(folder):
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
     last = Path(folder, "last.pt")
+    if not last.is_file():
+        raise FileNotFoundError(f"{folder} has no last.pt: give folders of runs of train.py")
     state = load_checkpoint(last)
     path = Path(folder, "log.jsonl")
     complete = path.read_text("utf-8", "replace").rpartition("\n")[0]  # the last line may be cut
