@@ -374,6 +374,9 @@ class Run:
         saved, source = find_checkpoint(config.out, config.resume, config.force)
         if saved:
             check_same_run(saved, source, config, fingerprint, MAY_DIFFER, FIXED)
+            if len(saved["classes"]) != len(train_set.names):
+                raise ValueError(f"{source} has {len(saved['classes'])} classes, the data has "
+                                 f"{len(train_set.names)}: give another --out")
         self.model = make_model(config, saved, make_network).to(ranks.device)
         if ranks.world_size > 1 and ranks.device.type == "cuda":  # CPU ranks normalise their share
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -389,6 +392,7 @@ class Run:
         self.last_step = config.epochs * self.n // config.batch_size
         self.stop_at = min(self.last_step, config.steps or self.last_step)
         self.stop = self.progress.step >= self.stop_at
+        self.result = None  # of an evaluation after the last step
         samples = dataset(train_set, config, self.model.config.image_size)
         self.batches = iter(data.make_loader(
             samples, [self.n], config.seed, config.batch_size, self.progress.step, self.stop_at,
@@ -434,7 +438,9 @@ class Run:
                       loss_scale=self.scaler.get_scale(), **self.meter.read(progress.step, values))
         names = [f"epoch-{epoch}.pt"] if epoch_ends else []
         if epoch_ends and evaluation_due(epoch, config):
-            record |= evaluate.main_scores({task: on_rank0(measure, self.ranks)})
+            result = on_rank0(measure, self.ranks)
+            self.result = result if progress.step == self.last_step else None
+            record |= evaluate.main_scores({task: result})
             names += ["best.pt"] if record[task] > progress.best else []
             progress.best = max(progress.best, record[task])
         if self.log:
@@ -453,7 +459,7 @@ class Run:
                    f"{self.progress.step} of {self.last_step}; the same command without --steps "
                    "resumes")
         else:
-            result = on_rank0(measure, self.ranks)
+            result = self.result or on_rank0(measure, self.ranks)
             print0(evaluate.table({"": {title: result}}, [self.model.config.method]))
             if self.log:
                 evaluate.append_result(Path(self.config.out) / "last.pt", self.model, title, result)

@@ -106,7 +106,8 @@ class UPerNet(nn.Module):
     def __init__(self, config, n_classes):
         super().__init__()
         self.config = config
-        width, n = config.width, config.depth
+        width = config.width
+        n = config.depth
         self.visual = models.ViT(config)
         self.visual.norm.requires_grad_(False)  # not used: maps are of the residual stream (BEiT)
         self.layers = [max(1, n // 3), max(1, n // 2), max(1, 2 * n // 3), n]   # BEiT: 4, 6, 8, 12

@@ -258,9 +258,9 @@ class Log:
 class Meter:
     """Speed and memory between two lines of the log."""
 
-    def __init__(self, batch_size, last_step):
+    def __init__(self, batch_size, stop_at):
         self.batch_size = batch_size
-        self.last_step = last_step
+        self.stop_at = stop_at  # step at which the run ends
         self.restart()
 
     def restart(self):
@@ -282,8 +282,8 @@ class Meter:
         seconds = time.time() - self.started
         speed = self.steps * self.batch_size / seconds
         text = " ".join(f"{name} {x:.2f}" for name, x in values.items())
-        minutes = (self.last_step - step) * self.batch_size / speed / 60
-        print0(f"step {step}/{self.last_step} {text}, {speed:.0f} pictures/s, "
+        minutes = (self.stop_at - step) * self.batch_size / speed / 60
+        print0(f"step {step}/{self.stop_at} {text}, {speed:.0f} pictures/s, "
                f"{minutes:,.0f} min left")
         return dict(pictures_per_s=round(speed, 1), data_wait=round(self.waited / seconds, 3),
                     memory_gib=round(peak_memory_gib(), 2))

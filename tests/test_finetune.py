@@ -146,10 +146,14 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(world, tmp_path, changes):
     assert same_weights(*states, parts=["model"]) and len(states[1]["made_by"]) == 2
 
 
-def test_fine_tuning_learns_and_appends_its_scores(world, tmp_path, capsys):
+def test_fine_tuning_learns_and_appends_its_scores(world, tmp_path, capsys, monkeypatch):
     constants = dict(mixup=0.0, magnitude=0.0, erase=0.0)
     changes = dict(epochs=8, eval_every=4, lr=5e-3, layer_decay=0.9, drop_path=0)
+    measured, measure = [], finetune.measure
+    monkeypatch.setattr(finetune, "measure",
+                        lambda *given: measured.append(given) or measure(*given))
     lines = tune(world, tmp_path, constants, **changes)
+    assert len(measured) == 2  # not once more at the end
     assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
     cosine = [1e-6 + (5e-3 - 1e-6) * (1 + math.cos(math.pi * i / 28)) / 2 for i in range(28)]
     rates = [1e-6 + (5e-3 - 1e-6) * i / 4 for i in range(4)] + cosine
@@ -240,6 +244,11 @@ def test_a_folder_keeps_its_run_and_says_what_it_started_from(world, tmp_path):
     shutil.copy(world / "tower.pt", tmp_path / "other.pt")
     with pytest.raises(ValueError, match="--checkpoint"):
         tune(world, tmp_path / "a", epochs=3, checkpoint=tmp_path / "other.pt", force=True)
+    shutil.copytree(world / "classes", tmp_path / "three")
+    for split in ("train", "test"):
+        shutil.copytree(world / "classes" / split / "red star", tmp_path / "three" / split / "new")
+    with pytest.raises(ValueError, match="3: give another --out"):
+        tune(world, tmp_path / "a", epochs=3, data=tmp_path / "three", force=True)
     (tmp_path / "moved").symlink_to(world / "classes")
     tune(world, tmp_path / "b", epochs=3, checkpoint=None, resume=tmp_path / "a/epoch-2.pt",
          data=tmp_path / "moved")

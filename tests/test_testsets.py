@@ -349,6 +349,10 @@ def test_roc_auc_by_hand():
     scores, targets = torch.tensor([0.1, 0.3, 0.3, 0.5, 0.7]), torch.tensor([0, 0, 1, 0, 1])
     for given in (scores, torch.stack([-scores, scores], 1)):
         assert testsets.roc_auc(given, targets) == pytest.approx(4.5 / 6)
+    scores, targets = torch.rand(8500), torch.arange(8500) % 3 == 0  # ranks beyond float32
+    lead = scores[targets, None] - scores[~targets]
+    right = ((lead > 0).double() + (lead == 0).double() / 2).mean().item()
+    assert testsets.roc_auc(scores, targets) == pytest.approx(right, abs=1e-12)
 
 
 def test_map_11point_equals_a_loop_over_thresholds():

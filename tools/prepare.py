@@ -65,7 +65,8 @@ def pack(names, root, out, size=0, shard_size=10_000, classes=False):
     for path in out.glob("*.partial-*"):  # of a run that was killed
         path.unlink()
     n_kept = len(find_shards(out))
-    n_pairs = n_bad = 0
+    n_pairs = 0
+    n_bad = 0
     results = in_parallel(partial(_pack_shard, size), _tasks(records, out, shard_size))
     for n, bad in tqdm(results, f"packing into {out}", unit=" shards", disable=None):
         n_pairs += n
@@ -132,25 +133,25 @@ def _packed_picture(content, size):
 
 def check(pairs):
     """Decode every pair once and print those that are bad.  Raises ValueError if there are any."""
-    starts = range(0, len(pairs), 1000)
-    results = in_parallel(partial(_check, pairs), starts)
+    tasks = [(source, start) for source in pairs.sources for start in range(0, len(source), 1000)]
     n_bad = 0
-    for bad in tqdm(results, "checking", len(starts), disable=None):
+    for bad in tqdm(in_parallel(_check, tasks), "checking", len(tasks), disable=None):
         n_bad += len(bad)
         for line in bad:
             print(line)
-    print(f"{n_bad:,} of {len(pairs):,} pairs are bad")
+    print(f"{n_bad:,} of {sum(map(len, pairs.sources)):,} pairs are bad")
     if n_bad or pairs.warnings:
         raise ValueError("the data is damaged; prepare.py pack leaves out what is bad")
 
 
-def _check(pairs, start):
+def _check(task):
+    source, start = task  # not of Pairs, which hold a source of weight 2 twice
     bad = []
-    for i in range(start, min(start + 1000, len(pairs))):
+    for i in range(start, min(start + 1000, len(source))):
         try:
-            decode(pairs[i][0])
+            decode(source.read(i)[0])
         except BAD_IMAGE as error:
-            bad.append(f"{pairs.name(i)}: {sentence_of(error)}")
+            bad.append(f"{source.name(i)}: {sentence_of(error)}")
     return bad
 
 
