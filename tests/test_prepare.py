@@ -122,10 +122,11 @@ def test_odd_records_are_left_out_and_spare_the_others(tmp_path, packed):
 
 
 @pytest.mark.parametrize("name,content,word", [
-    ("c.csv", "photo,caption\n0.jpg,x\n", "none of"),
+    ("c.csv", "photo,caption\n0.jpg,x\n", "'photo'"), ("t.csv", "image\tcaption\n", ".tsv"),
     ("d.tsv", "image\ttitle\nnowhere.jpg\tx\n", "nowhere.jpg"), ("k.pkl", "(lp0", "k.pkl"),
     ("e.csv", 'image,title\n0.jpg,"never closed' + " and on" * 200_000, "limit"),
-    ("j.json", '{"images": [], "annotations": [{}]}', "image_id"), ("g.tsv", "", "none of")])
+    ("j.json", '{"images": [], "annotations": [{}]}', "image_id"), ("g.tsv", "", "none"),
+    ("q.csv", 'image,caption\n0.jpg,a\n1.jpg,"b\n2.jpg,c\n', "line 3")])
 def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
     draw_pictures(tmp_path, [0])
     (tmp_path / name).write_text(content)
@@ -133,11 +134,63 @@ def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name,lines,kept,said", [
+    ("a.csv", b'image,caption\n0.jpg,a dog, a cat\n1.jpg,"b, c"\n', ["b, c"], "more cells"),
+    ("a.tsv", b"image\tcaption\n0.jpg\ta\tb\n1.jpg\tc\n", ["c"], "more cells"),
+    ("a.csv", b"image,caption\n0.jpg,caf\xe9\n1.jpg,caf\xc3\xa9\n", ["café"], "UTF-8"),
+    ("a.jsonl", b'{"image": "0.jpg", "caption": "\\ud800"}\n{"image": "1.jpg", "text": "b"}', ["b"],
+     "surrogate"),
+    ("a.tsv", b'image\tcaption\n0.jpg\t"a ""big"" dog"\n1.jpg\t"two" words"\n',
+     ['a "big" dog', '"two" words"'], "")])
+def test_rows_that_would_be_changed_are_counted(tmp_path, packed, name, lines, kept, said):
+    draw_pictures(tmp_path, [0, 1])
+    (tmp_path / name).write_bytes(lines)
+    found, printed = packed(tmp_path / name)
+    assert [captions for _, captions in found] == [[caption] for caption in kept]
+    assert said in printed and f"left out {2 - len(kept)} records" in printed
+
+
+@pytest.mark.parametrize("files,kept", [
+    ({"00000/1.txt": "one", "00000/1.json": '{"caption": "x"}',
+      "00000/2.json": '{"caption": "two"}', "00001/3.txt": "",
+      "00001/3.json": '{"caption": "three"}', "00000_stats.json": "{}", "00000/.a.jpg": ""},
+     {1: ["one"], 2: ["two"], 3: ["three"]}),  # img2dataset's files
+    ({"captions.txt": 'image,caption\n1.jpg,a\n1.jpg,"b, c"\n2.jpg,d\n'},  # Flickr8k from Kaggle
+     {1: ["a", "b, c"], 2: ["d"]}),
+    ({"results.token": "1.jpg#0\ta\n1.jpg#1\tb\n3.jpg#0\tc\n"}, {1: ["a", "b"], 3: ["c"]}),
+    ({"annotations/captions_val2017.json": json.dumps(dict(
+        images=[dict(id=5, file_name="2.jpg")], annotations=[dict(image_id=5, caption="d")])),
+      "annotations/instances_val2017.json": "{}"}, {2: ["d"]}),
+    ({"TRAIN.CSV": "image,caption\n1.jpg,a\n"}, {1: ["a"]})])
+def test_folders_of_a_known_form(tmp_path, packed, files, kept):
+    homes = {"00000/1.txt": ("00000", "00001"), "captions.txt": ["Images"],
+             "results.token": ["flickr30k-images"], "TRAIN.CSV": ["images"]}
+    for home in homes.get(next(iter(files)), ["val2017"]):
+        draw_pictures(tmp_path / "set" / home, {"00000": [1, 2], "00001": [3]}.get(home, [1, 2, 3]))
+    for name, text in files.items():
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text(text)
+    found, _ = packed(tmp_path / "set")
+    assert dict(found) == kept and len(found) == len(kept)
+
+
+def test_a_folder_of_another_form_is_described(tmp_path, run):
+    draw_pictures(tmp_path / "set/images", [1, 2])
+    (tmp_path / "set/text").mkdir()
+    (tmp_path / "set/text/1.txt").write_text("one")
+    answer = run("pack", tmp_path / "set", "--out", tmp_path / "out", fails=True)
+    assert "2 pictures in images" in answer and "--classes" in answer
+    for name in "ab":
+        write_table(tmp_path / f"set/{name}.csv", [("1.jpg", "a", "")])
+    answer = run("pack", tmp_path / "set", "--out", tmp_path / "out", fails=True)
+    assert "a.csv" in answer and "b.csv" in answer
+
+
 def test_what_is_no_source_is_answered_and_nothing_is_guessed(tmp_path, run):
     draw_pictures(tmp_path / "set/cat", [0])
-    table = write_table(tmp_path / "set/a.csv", [("cat/0.jpg", "from a table", "")])
+    table = write_table(tmp_path / "a.csv", [("set/cat/0.jpg", "from a table", "")])
     folders = ("--root", tmp_path, "--out", tmp_path / "out")
-    for arguments, word in ((["set"], "--classes"), (["set/a.csv", table], "one table"),
+    for arguments, word in ((["set"], "--classes"), (["a.csv", table], "one table"),
                             (["nowhere"], "nowhere"), (["nowhere.csv"], "nowhere.csv"),
                             ([table, "--shard-size", 0], "--shard-size")):
         assert word in run("pack", *arguments, *folders, fails=True)
@@ -146,7 +199,7 @@ def test_what_is_no_source_is_answered_and_nothing_is_guessed(tmp_path, run):
 def test_class_folders(tmp_path, packed, run):
     draw_pictures(tmp_path / "set/n01", range(30, 50))
     draw_pictures(tmp_path / "set/grey_cat", range(20))
-    (tmp_path / "set/words.txt").write_text("n01\ttench, Tinca tinca\nn02\tshark\n")
+    (tmp_path / "set/words.txt").write_text("n01\ttench, Tinca tinca\ngrey_cat\tgrey cat\n")
     (tmp_path / "set/templates.txt").write_text("a {}\nmany {}\n")
     found, _ = packed("set", "--root", tmp_path, "--classes", "--shard-size", 10)
     tench = ["a tench", "many tench", "a Tinca tinca", "many Tinca tinca"]

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import tarfile
 
 import pytest
@@ -43,6 +44,51 @@ def test_texts_and_json_are_read_and_what_has_no_partner_is_counted(tmp_path):
         (b"A", ["one"]), (b"B", ["two", "no title"]), (b"C", ["three"]), (b"D", ["4", "four"])]
     assert len(opened.warnings) == 1 and "1 pictures or captions" in opened.warnings[0]
     assert "0.tar at byte" in opened.name(2)
+
+
+@pytest.mark.parametrize("files,kept,warning", [
+    ({"0.png": b"mask", "0.jpg": b"A", "0.txt": b"a"}, [(b"A", "a")], "holds 1 .*(0)"),
+    ({"0.image.jpg": b"A", "0.text.txt": b"a", "1.jpg": b"B", "1.txt": b"b"},
+     [(b"A", "a"), (b"B", "b")], ""),
+    ({"a.1.jpg": b"A", "a.1.txt": b"a", "a.2.jpg": b"B", "a.2.txt": b"b"},
+     [(b"A", "a"), (b"B", "b")], ""),
+    ({"0.jpg": b"A", "0.txt": b"", "0.json": b'{"caption": "a"}'}, [(b"A", "a")], ""),
+    ({"0.jpg": b"A", "0.json": b'{"caption": "a"}', "0.txt": b""}, [(b"A", "a")], ""),
+    ({".ipynb_checkpoints/0.jpg": b"x", ".ipynb_checkpoints/0.txt": b"x", "./0.gif": b"A",
+      "./0.txt": b"a", "__MACOSX/1.jpg": b"x", "__MACOSX/1.txt": b"x"}, [(b"A", "a")], "")])
+def test_what_is_in_a_shard_is_used_or_counted(tmp_path, files, kept, warning):
+    write_shard(tmp_path / "0.tar", files.items())
+    opened = open_all(tmp_path)
+    assert [opened.read(i) for i in range(len(opened))] == [(image, [text]) for image, text in kept]
+    assert re.search(warning, " ".join(opened.warnings)) and bool(opened.warnings) == bool(warning)
+
+
+def test_a_key_twice_and_a_second_archive_are_named(tmp_path):
+    write_shard(tmp_path / "0.tar", [*members(range(6)), *members(range(6))])
+    one = write_shard(tmp_path / "1.tar", members(range(3))).read_bytes()
+    (tmp_path / "1.tar").write_bytes(one + one)
+    opened = open_all(tmp_path)
+    assert numbers_of(opened) == [*range(6), *range(3)]
+    assert "holds 12 pictures" in opened.warnings[0] and "second archive" in opened.warnings[1]
+
+
+def test_texts_that_are_not_utf_8_are_bad_pairs(tmp_path):
+    write_shard(tmp_path / "0.tar", [("0.png", PICTURE), ("0.txt", "café".encode("latin1"))])
+    with pytest.raises(ValueError, match="utf-8"):
+        open_all(tmp_path).read(0)
+
+
+def test_a_shard_of_the_same_size_that_changes(tmp_path):
+    """Its pairs are bad in what was opened before, and the fingerprint is another one."""
+    write_shard(tmp_path / "0.tar", members(range(3), "a text"))
+    opened = open_all(tmp_path)
+    opened.read(0)
+    os.utime(write_shard(tmp_path / "copy/0.tar", members(range(3), "a text")), (0, 0))
+    assert open_all(tmp_path / "copy").fingerprint == opened.fingerprint  # times do not matter
+    write_shard(tmp_path / "0.tar", members(range(3), "b text"))
+    with pytest.raises(OSError, match="changed"):
+        opened.read(1)
+    assert open_all(tmp_path).fingerprint != opened.fingerprint
 
 
 @pytest.mark.peers

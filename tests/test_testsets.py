@@ -1,5 +1,6 @@
 """Evaluation sets: prompts.json, one set in every layout, what is wrong in one; and the metrics."""
 import json
+import re
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from support import testsets
 from support.testsets import karpathy, load_picture, probe_sets, segmentation_set, test_set
+from tools import readers
 
 test_set.__test__ = False  # a function of ours, not a test
 
@@ -199,7 +201,7 @@ def test_names_and_templates_of_class_folders(tmp_path):
     (home / "words.txt").write_text("n_2\ta dog, hound\n\nn01\tcat\nn03\tno folder\n")
     (home / "templates.txt").write_text("one {}\n\n")
     tests = test_set(str(tmp_path / "mine"), "nowhere")
-    assert tests.names == [["cat"], ["a dog"]] and tests.templates == ["one {}"]
+    assert tests.names == [["cat"], ["a dog", "hound"]] and tests.templates == ["one {}"]
     words = tmp_path / "names.txt"
     words.write_text("n_2\tbird\nn01\tfish\n")
     assert test_set("mine", tmp_path, names=words).names == [["fish"], ["bird"]]
@@ -212,6 +214,46 @@ def test_names_and_templates_of_class_folders(tmp_path):
     class_folders(tmp_path / "mnist/test", map(str, range(10)))
     with pytest.raises(ValueError, match="--names"):
         test_set("mnist", tmp_path, names=words)
+
+
+def test_hidden_and_other_files_are_no_classes_and_no_pictures(tmp_path):
+    home = tmp_path / "mine"
+    class_folders(home, ["cat", "dog"], 2)
+    class_folders(home / "dog", ["deeper"], 2)
+    for name in (".ipynb_checkpoints/1.jpg", "__MACOSX/1.jpg", "cat/.hidden.jpg", "cat/.DS_Store"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_bytes(picture_bytes())
+    tests = test_set("mine", tmp_path)
+    assert tests.targets.tolist() == [0, 0, 1, 1, 1, 1] and not tests.notes
+    for name in ("cat/a.tif", "dog/a.txt", "loose.jpg"):
+        (home / name).write_bytes(b"")
+    for name in ("cat/a.bmp", "cat/a.gif", "dog/a.JFIF"):
+        (home / name).write_bytes(picture_bytes())
+    tests = test_set("mine", tmp_path)
+    assert tests.targets.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert len(tests.notes) == 1 and "3 files in" in tests.notes[0]
+
+
+def test_names_that_cannot_be_told_apart_or_are_not_given(tmp_path):
+    class_folders(tmp_path / "mine", ["0", "1"])
+    (tmp_path / "mine/words.txt").write_text("0\tcrane\n1\tcrane\n")
+    assert "crane" in test_set("mine", tmp_path).notes[0]
+    (tmp_path / "mine/words.txt").write_bytes(b"0\tcaf\xe9\n1\tcrane\n")
+    with pytest.raises(ValueError, match="words.txt.*UTF-8"):
+        test_set("mine", tmp_path)
+    (tmp_path / "mine/words.txt").rename(tmp_path / "mine/classes.txt")
+    with pytest.raises(ValueError, match="classes.txt.*words.txt"):
+        test_set("mine", tmp_path)
+
+
+@pytest.mark.parametrize("line", ["a photo of a {c}.", "{0}", "a {label}", "a photo", "{} {c}"])
+def test_a_template_without_a_place_for_the_name_is_an_error(tmp_path, line):
+    class_folders(tmp_path, ["cat"])
+    (tmp_path / "templates.txt").write_text(f"a {{}}\n{line}\n")
+    with pytest.raises(ValueError, match=f"templates.txt.*{re.escape(line)}"):
+        test_set(tmp_path)
+    with pytest.raises(ValueError, match="templates.txt"):
+        readers.open_sources([tmp_path], "", classes=True)
 
 
 # ---------------------------------------------------------------- what is wrong

@@ -1,6 +1,6 @@
 """What is done with a data set before training reads it.
 
-    python tools/prepare.py pack table.tsv --out DIR --size 256    any source -> shards
+    python tools/prepare.py pack table.tsv --out DIR --size 256    a table or a folder -> shards
     python tools/prepare.py pack FOLDER --classes --out DIR        class folders -> shards
     python tools/prepare.py check cc3m                   decode every pair once, name what is bad
     python tools/prepare.py show demo --out sheet.png    random pairs as training sees them
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import data
 from support.pictures import BAD_IMAGE, decode, open_picture, upright_size
-from support.runtime import run_program, sentence_of
-from support.shards import add_member, atomic_write, find_shards, in_parallel
+from support.runtime import lock, run_program, sentence_of
+from support.shards import add_member, atomic_write, find_shards, in_parallel, is_hidden
 from tools import readers
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # others become JPEG
@@ -52,22 +52,30 @@ def pack(names, root, out, size=0, shard_size=10_000, classes=False):
         raise ValueError("--size must be 0 or more, and --shard-size 1 or more")
     records, fingerprint, warnings = readers.open_sources(names, root, classes)
     settings = dict(source=fingerprint, size=size, shard_size=shard_size, done=False)
-    file = out / "pack.json"
     out.mkdir(parents=True, exist_ok=True)
+    for line in warnings:
+        print(f"warning: {line}")
+    with open(out / ".lock", "wb") as guard:
+        lock(guard, f"another pack is writing to {out}")
+        _write_shards(records, out, settings)
+
+
+def _write_shards(records, out, settings):
+    file = out / "pack.json"
     packed = json.loads(file.read_bytes()) if file.is_file() else {}
-    if any(out.iterdir()) and packed | dict(done=False) != settings:
+    is_empty = all(is_hidden(path.name) for path in out.iterdir())
+    if not is_empty and packed | dict(done=False) != settings:
         raise ValueError(f"{out} is not empty, and it was not packed from this source with these "
                          "options: give another --out")
     with atomic_write(file) as marker:
         marker.write(json.dumps(settings).encode())
-    for line in warnings:
-        print(f"warning: {line}")
     for path in out.glob("*.partial-*"):  # of a run that was killed
         path.unlink()
     n_kept = len(find_shards(out))
     n_pairs = 0
     n_bad = 0
-    results = in_parallel(partial(_pack_shard, size), _tasks(records, out, shard_size))
+    tasks = _tasks(records, out, settings["shard_size"])
+    results = in_parallel(partial(_pack_shard, settings["size"]), tasks)
     for n, bad in tqdm(results, f"packing into {out}", unit=" shards", disable=None):
         n_pairs += n
         for line in bad[:max(0, 10 - n_bad)]:
@@ -100,16 +108,17 @@ def _pack_shard(size, task):
         for i, (name, load) in enumerate(records):
             try:
                 content, captions = load()
+                text, kind = json.dumps(dict(captions=captions)), "json"
+                if len(captions) == 1:
+                    text, kind = captions[0], "txt"
+                text = text.encode()  # ValueError for half of a surrogate pair
                 content, suffix = _packed_picture(content, size)
             except BAD_IMAGE as error:
                 bad.append(f"{name}: {sentence_of(error)}")
                 continue
             key = f"{path.stem}{i:05d}"
             add_member(tar, f"{key}.{suffix}", content)
-            if len(captions) == 1:
-                add_member(tar, f"{key}.txt", captions[0].encode("utf-8", "replace"))
-            else:
-                add_member(tar, f"{key}.json", json.dumps(dict(captions=captions)).encode())
+            add_member(tar, f"{key}.{kind}", text)
     return len(records) - len(bad), bad
 
 

@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
 
 
 def open_sources(names, root, classes=False):
-    """A table; or a folder of class folders; or shards and names as train.py's --data takes them.
+    """A table, a folder, class folders; or shards and names as train.py's --data takes them.
 
     -> records, fingerprint (equal only if the records are), warnings
     Raises FileNotFoundError or ValueError.
@@ -35,13 +35,16 @@ def open_sources(names, root, classes=False):
     path = Path(root, names[0]) if Path(root, names[0]).exists() else Path(names[0])
     if classes:
         return _open_classes(path)
-    if len(names) == 1 and path.suffix.lower() in ROWS:
+    if len(names) == 1 and path.is_file() and path.suffix.lower() in ROWS:
         return _open_table(path)
+    if len(names) == 1 and path.is_dir() and not any(
+            map(shards.find_shards, (path, path / "train"))):
+        return _open_folder(path)
     try:
         pairs = data.Pairs(names, root)
     except ValueError as error:
-        raise ValueError(f"{', '.join(names)}: give one table ({', '.join(ROWS)}), or one folder "
-                         "of class folders with --classes, or shards (*.tar)") from error
+        raise ValueError(f"{', '.join(names)}: give one table ({', '.join(ROWS)}), or one folder, "
+                         "or shards (*.tar)") from error
     records = ((pairs.name(i), partial(pairs.__getitem__, i)) for i in range(len(pairs)))
     return records, pairs.fingerprint, pairs.warnings
 
@@ -51,22 +54,49 @@ def _open_classes(folder):
 
     A class has a caption for each of its names in words.txt and each line of templates.txt.
     """
-    paths, labels, names = testsets.class_folder(folder)
-    words = {}  # a line of words.txt is KEY, tab, "name, synonym"
-    if (folder / "words.txt").is_file():
-        lines = (folder / "words.txt").read_text("utf-8", "replace").splitlines()
-        words = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    paths, labels, names, warnings = testsets.class_folder(folder)
     templates = testsets.templates_of(folder)
-    captions = []  # of each class
-    for name in names:
-        synonyms = words.get(name, name.replace("_", " ")).split(", ")
-        captions.append([template.replace("{}", synonym)
-                         for synonym in synonyms for template in templates])
-    images = [f"{names[label]}/{path.name}" for path, label in zip(paths, labels)]
+    captions = [[template.replace("{}", name) for name in synonyms for template in templates]
+                for synonyms in testsets.read_names(folder, names)]  # of each class
+    images = [str(path.relative_to(folder)) for path in paths]
     order = np.random.default_rng(0).permutation(len(paths))
     rows = (dict(image=images[i], captions=captions[labels[i]]) for i in order)
     fingerprint = hashlib.sha1(repr((images, captions)).encode()).hexdigest()[:16]
-    return _records(folder, folder, rows), fingerprint, []
+    return _records(folder, folder, rows), fingerprint, warnings
+
+
+def _open_folder(folder):
+    """Pictures with KEY.txt or KEY.json next to them (img2dataset's files), or the table there.
+
+    Classes are not guessed.  Raises ValueError that says what was seen.
+    """
+    pictures, others = testsets.picture_files(folder)
+    texts = {path.with_suffix("") for path in others if path.suffix in (".txt", ".json")}
+    n_pairs = sum(path.with_suffix("") in texts for path in pictures)
+    tables = [path for path in others if path.parent in (folder, folder / "annotations")
+              and path.suffix.lower() in ROWS and not path.stem.endswith("_stats")  # img2dataset
+              and (path.suffix != ".txt" or path.name == "captions.txt")
+              and (path.suffix != ".json" or path.stem.split("_")[0] in ("captions", "train"))]
+    if n_pairs:
+        files = [(str(path), os.path.getsize(path)) for path in pictures]
+        records = ((str(path), partial(_load_files, path)) for path in pictures)
+        return records, hashlib.sha1(repr(files).encode()).hexdigest()[:16], []
+    if len(tables) == 1:
+        return _open_table(tables[0])
+    seen = ", ".join(map(str, tables[:5])) or "no table"
+    homes = ", ".join(sorted({str(path.parent.relative_to(folder)) for path in pictures})[:5])
+    raise ValueError(f"{folder} has {len(pictures):,} pictures{f' in {homes}' if homes else ''}, "
+                     f"none of which has a KEY.txt or KEY.json next to it, and {seen}: name its "
+                     f"table ({', '.join(ROWS)}), or add --classes if its folders are classes")
+
+
+def _load_files(picture):
+    """-> bytes of a picture, the captions in KEY.txt or else KEY.json next to it"""
+    for text in (picture.with_suffix(".txt"), picture.with_suffix(".json")):
+        if text.is_file() and (text.suffix == ".json" or text.stat().st_size):
+            captions = shards.parse_captions(text.read_bytes(), text.suffix == ".json")
+            return picture.read_bytes(), captions
+    raise FileNotFoundError(f"no text in {picture.stem}.txt or .json next to it")
 
 
 def _open_table(path):
@@ -80,8 +110,13 @@ def _open_table(path):
     first = list(islice(rows, 100))
     split = path.stem.split("_")[-1]  # COCO: captions_train2017.json and train2017/
     homes = [folder / part for folder in (path.parent, path.parent.parent)
-             for part in ("", "images", split)]
+             for part in ("", "images", "Images", "flickr30k-images", split)]
     files = [re.sub(r"\.zip/.*", ".zip", _image_of(row)) for row in first]
+    if not any(files):
+        columns = ", ".join(map(repr, first[0])) if first else "none"
+        raise ValueError(f"{path}: a column of pictures ({', '.join(IMAGE_FIELDS)}) and one of "
+                         f"captions ({', '.join(shards.TEXT_FIELDS)}) are needed, and it has "
+                         f"{columns[:200]} (a .csv with tabs is a .tsv)")
     homes = [home for home in homes if any(os.path.isfile(home / file) for file in files)]
     if not homes:
         raise FileNotFoundError(f"{path}: none of the first pictures that its records name in "
@@ -100,10 +135,14 @@ def _records(source, home, rows):
 
 def _load(row, home):
     """-> bytes of a row's picture, its captions"""
+    if None in row:
+        raise ValueError(row[None])
     image = _image_of(row)
     if not image:
         raise FileNotFoundError(f"it names no picture ({', '.join(IMAGE_FIELDS)})")
     captions = shards.captions_of(row)
+    if any("\udc80" <= char <= "\udcff" for caption in captions for char in caption):
+        raise ValueError("its caption is not UTF-8")  # these are bytes that could not be decoded
     archive, inside, member = image.partition(".zip/")
     if not inside:
         return Path(home, image).read_bytes(), captions
@@ -146,27 +185,77 @@ class _PlainUnpickler(pickle.Unpickler):
 
 # ---------------------------------------------------------------- rows: a function per format
 
+# A row whose None holds a sentence cannot be used; pack counts and names it.
+
+TOO_MANY = "it has more cells than the table's first line: quote a text that has the separator"
+
+
 def _csv_rows(path):
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        yield from csv.DictReader(file)
+    """Raises ValueError for a quote that is not closed: it takes all lines up to the next quote."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        rows = csv.DictReader(file, strict=True)
+        line = 1
+        try:
+            for row in rows:
+                line = rows.line_num + 1
+                yield {None: TOO_MANY} if None in row else row
+        except csv.Error as error:
+            raise ValueError(f"the row that begins at line {line} has a quote that is not closed, "
+                             f"or text after its closing quote ({error})") from error
 
 
 def _tsv_rows(path):
-    """A quote and a lone carriage return are characters as any other: no CSV with tabs."""
-    with open(path, newline="\n", encoding="utf-8-sig", errors="replace") as file:
+    """A quote and a lone carriage return are characters as any other: no CSV with tabs.
+
+    But pandas puts a cell with quotes into quotes, and doubles those in it.
+    """
+    with open(path, newline="\n", encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = (line.rstrip("\r\n").split("\t") for line in file)
         columns = next(lines, [])
-        yield from (dict(zip(columns, cells)) for cells in lines if any(cells))
+        for cells in filter(any, lines):
+            cells = [cell[1:-1].replace('""', '"') if PANDAS.fullmatch(cell) else cell
+                     for cell in cells]
+            row = dict(zip(columns, cells))
+            yield row if len(cells) <= len(columns) else {None: TOO_MANY}
+
+
+PANDAS = re.compile(r'"[^"]*(""[^"]*)+"')
+
+
+def _caption_rows(path):
+    """Kaggle's Flickr8k: captions.txt, lines image,caption; several lines a picture."""
+    yield from _grouped(_csv_rows(path))
+
+
+def _token_rows(path):
+    """Flickr8k's and Flickr30k's: lines IMAGE#NUMBER, tab, caption; several lines a picture."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        cells = (line.rstrip("\n").partition("\t") for line in file)
+        yield from _grouped(dict(image=image.rpartition("#")[0], caption=caption)
+                            for image, _, caption in cells)
+
+
+def _grouped(rows):
+    """Consecutive rows of a picture as one."""
+    for image, same in groupby(rows, _image_of):
+        good = []
+        for row in same:
+            if None in row:
+                yield row
+            else:
+                good.append(row["caption"])
+        if good:
+            yield dict(image=image, captions=good)
 
 
 def _jsonl_rows(path):
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in filter(str.strip, file):
             try:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            yield row if isinstance(row, dict) else {}  # {} is counted: it names no picture
+            yield row if isinstance(row, dict) else {None: "it is no JSON object"}
 
 
 def _coco_rows(path):
@@ -195,8 +284,8 @@ def _slip_rows(path):
             yield dict(image=yfcc_zip(number), captions=captions)
 
 
-ROWS = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _jsonl_rows,
-        ".json": _coco_rows, ".pkl": _slip_rows, ".npy": _slip_rows}
+ROWS = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _jsonl_rows, ".json": _coco_rows,
+        ".txt": _caption_rows, ".token": _token_rows, ".pkl": _slip_rows, ".npy": _slip_rows}
 
 
 def _rows(path):
