@@ -48,8 +48,8 @@ def newest_checkpoint(runs="runs"):
 def load_model(path):
     """Any weights of support.weights -> model in eval mode, tokenizer (None if it has no text)
 
-    model.notes: sentences about what the file does not say.  Raises FileNotFoundError; ValueError
-    if the file is no checkpoint, is damaged, or is of another version.
+    model.notes: sentences about what the file does not say; model.sha256: of the file.  Raises
+    FileNotFoundError; ValueError if it is no checkpoint, is damaged, or is of another version.
     """
     weights = read_weights(path)
     has_text = "text_projection.weight" in weights["model"]
@@ -68,6 +68,7 @@ def load_model(path):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit model.py: {reason}") from error
     model.notes = weights["notes"]
+    model.sha256 = weights["sha256"]
     return model.eval(), tokenizer
 
 
@@ -390,7 +391,6 @@ def evaluate_checkpoint(path, device, args, failures):
     Adds to failures a sentence for each data set that fails; OSError, ValueError if loading does.
     """
     model, tokenizer = load_model(path)
-    sha256 = file_sha256(path)
     read_results(weights_file(path).parent)  # fails now, not after hours
     config = model.config
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -402,7 +402,7 @@ def evaluate_checkpoint(path, device, args, failures):
 
     def keep(title, result):
         results[title] = result
-        append_result(path, model, title, result, sha256)
+        append_result(path, model, title, result, model.sha256)
     for task in EVALUATIONS:
         for name in getattr(args, task):
             for one in ICINW if name == "icinw" else [name]:

@@ -23,9 +23,8 @@ import regex
 import torch
 
 SOT, EOT, MASK = "<|startoftext|>", "<|endoftext|>", "[MASK]"
-PIECES = regex.compile(  # CLIP
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE)
+PIECES = regex.compile(  # CLIP; "<|endoftext|>" in a caption is text (open_clip), not a token
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 # GPT-2's table: each byte as a printable character, in the order that gives CLIP's first 256 ids.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
@@ -38,6 +37,7 @@ CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_MERGES = 49152 - 256 - 2           # CLIP uses only these of the file's 262,144 merges
 CACHE_WORDS = 2**18                     # our choice: 45 MB in each loader process
+TEXT_LIMIT = 4000                       # our choice: characters of a text that are read
 
 
 def words(text):
@@ -50,8 +50,6 @@ def words(text):
 
 def byte_symbols(piece):
     """The symbols that a piece starts from: one a byte, the last with the mark of a word's end."""
-    if piece in (SOT, EOT):
-        return [piece]
     symbols = [BYTE_TO_CHAR[byte] for byte in piece.encode("utf-8")]
     symbols[-1] += "</w>"
     return symbols
@@ -91,16 +89,18 @@ class Tokenizer:
     def __call__(self, texts, context_length=77):
         """A str or a list of B str -> LongTensor (B, L), L = longest row <= context_length (CLIP).
 
-        A row is start, ids, end, then 0s.  A longer text loses its tail, but never the end.
+        A row is start, ids, end, then 0s.  A longer text loses its tail, but never the end; of what
+        it loses, most is not even read, because one word of 100,000 letters takes half a minute.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self.sot, *self.encode(text)[:context_length - 2], self.eot] for text in texts]
+        rows = [self.encode(text[:TEXT_LIMIT])[:context_length - 2] for text in texts]
+        rows = [[self.sot, *row, self.eot] for row in rows]
         length = max(map(len, rows), default=0)
         padded = [row + [0] * (length - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long).view(len(rows), length)
 
     def encode(self, text):
-        """A str -> list of ids, no start, no end; "<|endoftext|>" in it is the end id (CLIP)."""
+        """A str -> list of ids, no start, no end."""
         ids = []
         for word in words(text):
             encoded = self.cache.get(word)
@@ -179,7 +179,7 @@ class Tokenizer:
         if vocab_size < FIXED:
             raise ValueError(f"vocab_size {vocab_size} is below {FIXED}: 512 for bytes, 3 specials")
         pieces = Counter()
-        for word, n in Counter(word for text in texts for word in words(text)).items():
+        for word, n in Counter(w for text in texts for w in words(text[:TEXT_LIMIT])).items():
             for piece in PIECES.findall(word):
                 pieces[piece] += n
         table = [(byte_symbols(piece), n) for piece, n in pieces.items()]

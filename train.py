@@ -133,7 +133,8 @@ def make_config(given):
     choices = dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"))
     check_ranges(config, choices, [
         (0, math.inf, ("micro_batch", "codewords", "vocab_size", "depth", "keep")),
-        (-math.inf, math.inf, ("distill_weight", "mlm_weight")),
+        (2 - (config.method == "mae"), math.inf, ("batch_size",)),  # one pair has no other pair
+        (0, math.inf, ("distill_weight", "mlm_weight")),
         (0, 1, ("ema_start", "ema_end", "mlm_ratio")), (0.01, 0.99, ("mask_ratio",))])
     if "text" not in models.METHODS[config.method].needs:
         config.pixel_weight = config.simclr_weight = 1.0  # MAE and SimCLR: the only loss
@@ -376,13 +377,15 @@ def evaluation_due(epoch, config):
     return config.eval_every > 0 and (epoch % config.eval_every == 0 or epoch == config.epochs)
 
 
-def means_over_ranks(terms, features, bad, ranks):
+def means_over_ranks(terms, features, progress, ranks):
     """-> {loss term, accuracy: mean over the ranks}, their bad pairs.  Waits for the device."""
     values = dict(terms)
     if features:
         values["accuracy"] = losses.contrastive_accuracy(features["image"], features["text"])
-    bad = torch.tensor(float(bad), device=ranks.device)
+    bad = torch.tensor(float(progress.bad), device=ranks.device)
     *sums, bad = losses.all_sum(torch.stack([*values.values(), bad])).tolist()
+    if bad:
+        progress.gather_names(ranks)
     return dict(zip(values, (x / ranks.world_size for x in sums))), int(bad)
 
 
@@ -394,10 +397,9 @@ def check_health(config, progress, values, bad):
                          f"{config.bad_limit}: python tools/prepare.py check names them, and pack "
                          "writes shards without them")
     if progress.in_a_row >= 10:  # our choice
-        last = Path(config.out) / "last.pt"
-        saved = f"the last good checkpoint is {last}" if last.is_file() else "nothing is saved yet"
         raise ValueError(f"the loss or its gradient was not finite in 10 steps up to step "
-                         f"{progress.step}, which changed no weight; terms: {values}; {saved}")
+                         f"{progress.step}, which changed no weight; terms: {values}; the last "
+                         f"good checkpoint is {Path(config.out) / 'last.pt'}")
 
 
 def teacher_statistics(teacher, momentum, parts, amp):
@@ -478,7 +480,7 @@ def train(config):
     stateful = networks | dict(optimizer=optimizer, scaler=scaler)
     progress = Progress(torch.zeros((), device=device), torch.zeros((), device=device))
     if saved:
-        restore(saved, stateful, progress, ranks)
+        restore(saved, source, stateful, progress, ranks)
     check_ranks_agree(progress.step, pairs.fingerprint, ranks)
 
     share = config.batch_size // ranks.world_size
@@ -573,7 +575,7 @@ def train(config):
         overdue = log_now and time.time() - saved_at > 60 * config.save_minutes
         save_now = epoch_ends or progress.step == stop_at or stop or overdue
         if log_now or save_now:  # only here the device is waited for
-            values, bad = means_over_ranks(terms, features, progress.bad, ranks)
+            values, bad = means_over_ranks(terms, features, progress, ranks)
             check_health(config, progress, values, bad)
         if log_now:
             record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, **values)

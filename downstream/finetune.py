@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +33,7 @@ from support.checkpoints import (Progress, check_ranks_agree, check_same_run, ch
 from support.runtime import (Meter, SignalHandler, autocast, init_distributed, on_rank0, print0,
                              rank0_first, run_program)
 from support.settings import check_ranges, flag, parse_flags
-from support.weights import read_weights
+from support.weights import read_weights, resized_positions
 from train import (check_health, data_label, epoch_at, evaluation_due, learning_rate,
                    means_over_ranks, to_device)
 
@@ -194,15 +193,6 @@ def make_model(config, saved, make_network):
     for block, rate in zip(model.visual.blocks, rates):
         block.drop_path = rate
     return model
-
-
-def resized_positions(positions, side):
-    """Positions (1, 1 + n * n, D) of class token and grid -> (1, 1 + side * side, D), as BEiT."""
-    n = math.isqrt(positions.size(1) - 1)
-    grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)                # (1, D, n, n)
-    grid = F.interpolate(grid.float(), (side, side), mode="bicubic")
-    grid = grid.flatten(2).transpose(1, 2).to(positions)                            # (1, side^2, D)
-    return torch.cat([positions[:, :1], grid], 1)
 
 
 def parameter_groups(model, config):
@@ -385,7 +375,7 @@ class Run:
         self.stateful = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
         self.progress = Progress(*torch.zeros(2, device=ranks.device))
         if saved:
-            restore(saved, self.stateful, self.progress, ranks)
+            restore(saved, source, self.stateful, self.progress, ranks)
         check_ranks_agree(self.progress.step, fingerprint, ranks)
         self.network = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
         self.steps_per_epoch = self.n / config.batch_size
@@ -431,7 +421,7 @@ class Run:
         epoch, epoch_ends = epoch_at(progress.step, self.last_step, self.n, config)
         if not (self.stop or epoch_ends or progress.step % config.log_every == 0):
             return
-        values, _ = means_over_ranks(terms, {}, 0, self.ranks)  # waits for the device
+        values, _ = means_over_ranks(terms, {}, progress, self.ranks)  # waits for the device
         check_health(config, progress, values, bad=0)
         record = dict(step=progress.step, epoch=progress.step / self.steps_per_epoch, **values,
                       lr=lr, grad_norm=norm.item(), skipped=int(progress.skipped),

@@ -10,18 +10,28 @@ import pickle
 import re
 import shutil
 import struct
+import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from support.runtime import Log, print0
+from support.runtime import Log, print0, sentence_of, survive
 
 # What torch.load raises on files that are damaged or of another kind.
 DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError,
-           AttributeError, struct.error, OSError, zipfile.BadZipFile)
+           AttributeError, struct.error, OSError, zipfile.BadZipFile, zlib.error)
+# What training scripts put next to weights: their arguments, paths, numpy's numbers.
+_scalar = np.float64(0).__reduce__()[0]
+PLAIN = [argparse.Namespace, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+         *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+         *((PurePosixPath, f"pathlib.{module}{kind}") for module in ("", "_local.")
+           for kind in ("PosixPath", "WindowsPath"))]
+MOST_PICKLED = 2 ** 28  # our choice, in bytes: what is no tensor
 
 
 @dataclass
@@ -32,15 +42,22 @@ class Progress:
     step: int = 0           # steps done
     bad: int = 0            # unusable pairs of this rank; rank 0 adds those before a resume
     best: float = 0.0       # highest score of --eval-every
-    bad_names: list = field(default_factory=list)  # for the next line of the log, not saved
+    bad_names: list = field(default_factory=list)  # for the next line of the log
 
     def note_bad_pairs(self, lines):
-        """Count unusable pairs; the first ten are named here and in the log."""
+        """Count unusable pairs; the first ten of each rank are named here and in the log."""
         for line in lines:
             self.bad += 1
             if self.bad <= 10:
-                print(f"warning: bad pair, another takes its place: {line}", flush=True)
+                survive(f"warning: bad pair, another takes its place: {line}")
                 self.bad_names.append(line)
+
+    def gather_names(self, ranks):
+        """Hand the names of bad pairs to rank 0, which logs and saves them."""
+        if ranks.world_size > 1:
+            names = [None] * ranks.world_size
+            dist.all_gather_object(names, self.bad_names, ranks.host_group)
+            self.bad_names = sum(names, []) if ranks.rank == 0 else []
 
     def count(self, finite):
         """One more step.  finite () bool on the device, for which nobody waits here."""
@@ -54,26 +71,32 @@ def checkpoint_state(modules, progress, bad, facts):
 
     modules: {name: what has a state_dict}; bad: unusable pairs of all ranks; facts: constants
     """
-    counts = dict(step=progress.step, bad=bad, best=progress.best, skipped=progress.skipped.cpu(),
-                  in_a_row=progress.in_a_row.cpu())
+    counts = dict(step=progress.step, bad=bad, bad_names=progress.bad_names, best=progress.best,
+                  skipped=progress.skipped.cpu(), in_a_row=progress.in_a_row.cpu())
     states = {name: module.state_dict() for name, module in modules.items()}
     return counts | facts | states
 
 
-def restore(saved, modules, progress, ranks):
-    """Resume from what checkpoint_state gave.
+def restore(saved, source, modules, progress, ranks):
+    """Resume from what checkpoint_state gave.  ValueError: a part is missing or of another kind.
 
     No state of random numbers is in it: all that is drawn in a step depends on the seed and the
     step, or the pair, alone.
     """
-    for name, module in modules.items():
-        if saved.get(name):  # the scaler's is empty but in fp16
-            module.load_state_dict(saved[name])
-    progress.step = saved["step"]
-    progress.bad = saved["bad"] if ranks.rank == 0 else 0
-    progress.best = saved["best"]
-    progress.skipped.copy_(saved["skipped"])
-    progress.in_a_row.copy_(saved["in_a_row"])
+    try:
+        for name, module in modules.items():
+            if saved[name]:  # the scaler's is empty but in fp16
+                module.load_state_dict(saved[name])
+        progress.step = saved["step"]
+        if ranks.rank == 0:
+            progress.bad = saved["bad"]
+            progress.bad_names = list(saved["bad_names"])
+        progress.best = saved["best"]
+        progress.skipped.copy_(saved["skipped"])
+        progress.in_a_row.copy_(saved["in_a_row"])
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source} has a part that is missing or does not fit "
+                         f"({type(error).__name__}: {sentence_of(error)[:200]})") from error
 
 
 def check_ranks_agree(step, fingerprint, ranks):
@@ -92,22 +115,43 @@ def check_ranks_agree(step, fingerprint, ranks):
 def load_checkpoint(path):
     """A file of torch.save as a dict, without running any code in it.
 
-    Raises FileNotFoundError (or another OSError of the file itself); ValueError if it is damaged,
-    is no checkpoint, or would run code.
+    Raises FileNotFoundError (or another OSError of the file itself); ValueError if it is damaged
+    (torch.load does not look at the checksums), is no checkpoint, or would run code.
     """
+    with open(path, "rb") as file:
+        return load_state(file, path)
+
+
+def load_state(file, path):
+    """load_checkpoint of an open file.  path: what messages call it"""
     try:
-        # A Namespace only holds attributes; SLIP, MAE and timm save their arguments in one.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(file)
+        file.seek(0)
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
         lines = str(error).splitlines() or [""]
         asked = [line for line in lines if "unsupported global" in line.lower()]
-        what = "would run code, which is refused" if asked else "is not a checkpoint, or is damaged"
+        what = "is not a checkpoint, or is damaged"
+        if asked or "Unsupported operand" in str(error):  # the latter: a pickle, not of torch.save
+            what = "would run code, or could, which is refused"
         reason = (asked or lines)[0].strip()[:150]
         raise ValueError(f"{path} {what} ({type(error).__name__}: {reason})") from error
     return state if isinstance(state, dict) else {}
+
+
+def check_archive(file):
+    """Raise ValueError if a record of an open zip has another checksum, or its pickle is huge."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.filename.endswith(".pkl") and record.file_size > MOST_PICKLED:
+                raise ValueError(f"{record.filename} in it has {record.file_size:,} bytes")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} in it is another one")
 
 
 def find_checkpoint(out, resume="", force=False):
@@ -153,7 +197,9 @@ def check_same_run(state, path, config, fingerprint, may_differ, fixed):
     settings that must agree even with --force, because they set shapes of weights or count steps.
     """
     now = dataclasses.asdict(config)
-    if "pairs" not in state or state["config"].keys() - now.keys():
+    parts = dict(pairs=str, config=dict, model_config=dict, made_by=list, step=int)
+    if (any(not isinstance(state.get(name), kind) for name, kind in parts.items())
+            or state["config"].keys() - now.keys()):
         raise ValueError(f"{path} is of another kind of run, or of an older version: give another "
                          "--out (it can be evaluated, and another run can start from its weights)")
     then = dataclasses.asdict(type(config)()) | state["config"]
@@ -211,12 +257,15 @@ def prune_checkpoints(out, epoch, keep):
 
 
 def open_log(out, stateful, progress, facts, source):
-    """The log, cut to where the run stands.
+    """The log, cut to where the run stands.  ValueError: it is of a run whose last.pt is gone.
 
-    A run that resumes from elsewhere is saved here first: from then on this is where it stands.
+    A run that begins, or resumes from elsewhere, is saved first: from then on it stands here.
     """
     log = Log(out)
-    if source and source.resolve() != (Path(out) / "last.pt").resolve():
+    if not source and log.path.stat().st_size:
+        raise ValueError(f"{out} holds the log of a run, log.jsonl, but no last.pt: give another "
+                         "--out, or move the log away")
+    if not source or source.resolve() != (Path(out) / "last.pt").resolve():
         save_checkpoint(out, checkpoint_state(stateful, progress, progress.bad, facts))
     log.truncate(progress.step)
     return log
@@ -225,8 +274,13 @@ def open_log(out, stateful, progress, facts, source):
 def try_save(out, state, names, log, must):
     """Write the log's lines, then the checkpoint.  -> whether it is saved
 
-    A full disk is a warning, or OSError if it `must` succeed.
+    A full disk is a warning, or OSError if it `must` succeed.  Nothing is saved, and so no older
+    checkpoint deleted, while step after step is not finite; one alone is usual in fp16.
     """
+    if state["in_a_row"] > 1 or not all(x.isfinite().all() for x in state["model"].values()):
+        print0(f"warning: step {state['step']} is not saved, because the last losses or gradients, "
+               "or a weight, are not finite")
+        return False
     try:
         log.flush(to_disk=True)
         save_checkpoint(out, state, names)

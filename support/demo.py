@@ -250,7 +250,7 @@ def draw_demo(folder, shards=20, shard_size=1000, seed=0):
     marker = folder / "demo.json"
     settings = json.dumps(dict(demo=DEMO_VERSION, shards=shards, shard_size=shard_size, seed=seed))
     if marker.is_file():
-        if marker.read_text("utf-8") == settings:
+        if marker.read_bytes() == settings.encode():
             return folder
         shutil.rmtree(folder)  # of another version or size
     if folder.exists() and any(folder.iterdir()):

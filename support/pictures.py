@@ -4,6 +4,7 @@
 """
 import io
 import math
+import os
 import struct
 import warnings
 import zlib
@@ -14,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 # What Pillow's decoders raise on damaged or hostile files; open_picture makes the warning an error.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
              Image.DecompressionBombError, Image.DecompressionBombWarning)
+MOST_BYTES = 2 ** 28    # our choice: of a picture file; a member of a zip may claim any size
+LONGEST = 200           # our choice: sides of a picture; those of a panorama differ by 10
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")  # others start programs (EPS), or print
 UPRIGHT = {  # what undoes each of EXIF's orientations; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -21,17 +24,39 @@ UPRIGHT = {  # what undoes each of EXIF's orientations; 1 is upright
     7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
+def read_file(path):
+    """The bytes of a file.  OSError: it is none (a pipe would be waited for), or is too large."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file {path}")
+    if os.path.getsize(path) > MOST_BYTES:
+        raise OSError(f"{path} is no picture: it has {os.path.getsize(path):,} bytes")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_member(archive, name):
+    """The bytes of a file in an open zip.  KeyError: it is not there, OSError: it is too large."""
+    if archive.getinfo(name).file_size > MOST_BYTES:
+        raise OSError(f"{name} is no picture: it has {archive.getinfo(name).file_size:,} bytes")
+    return archive.read(name)
+
+
 def open_picture(content):
     """Bytes of a picture file -> PIL picture, its pixels not decoded yet.  Raises one of BAD_IMAGE.
 
-    More pixels than Pillow's limit (89 million) are an error: such a picture takes all memory.
+    More pixels than Pillow's limit (89 million) are an error: such a picture takes all memory.  So
+    does a very long one, once its shorter side is enlarged.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError(f"no picture ({', '.join(FORMATS)})") from error
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"a picture of {image.width} x {image.height}: one side has more than "
+                         f"{LONGEST} times the other")
+    return image
 
 
 def _orientation(image):
@@ -60,7 +85,10 @@ def decode(content, shrink=1.0):
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I"):  # grey of 16 bits, which convert would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        values = np.asarray(image)
+        clear = values == image.info.get("transparency")
+        values = np.where(clear, 255, values.clip(0, 65535) // 257)
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

@@ -87,7 +87,14 @@ def keep_freed_memory():
 def print0(text):
     """Print a line on rank 0, at once, also into a file."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        survive(text)
+
+
+def survive(text):
+    """Print a line; a full disk, a closed pipe or an odd encoding does not end a run of weeks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    with contextlib.suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def on_rank0(function, ranks):
@@ -277,7 +284,11 @@ class Meter:
     def next(self, batches):
         """The next batch; the time that it lets the loop wait is counted."""
         start = time.time()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except ConnectionError as error:  # its pipe breaks before the signal arrives
+            raise OSError("a loader process was killed, probably for lack of memory: give fewer "
+                          "--workers") from error
         self.waited += time.time() - start
         self.steps += 1
         return batch
@@ -318,6 +329,10 @@ def run_program(name, function):
     except KeyboardInterrupt:  # outside the loop, which has its own way to stop
         print(f"{label}: interrupted", file=sys.stderr, flush=True)
     finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what could not be printed must not change the exit status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for a killed loader
         for worker in torch.multiprocessing.active_children():
             worker.kill()  # the loader's processes ignore SIGTERM

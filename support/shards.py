@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.pictures import MOST_BYTES
+
 # Of several pictures of a key the first of these counts: a PNG next to a JPEG is often a mask.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".webp", ".png", ".ppm", ".bmp", ".gif")
 TEXT_FIELDS = ("caption", "captions", "title", "description", "text")
@@ -71,6 +73,10 @@ def atomic_write(path):
         with open(incomplete, "wb") as file:
             yield file
         os.replace(incomplete, path)
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error  # a full disk names none
     finally:
         incomplete.unlink(missing_ok=True)
 
@@ -132,11 +138,14 @@ def _scan_shard(folder, name):
     checksum = 0    # of names, texts and the last bytes of pictures, which are read on the way
     try:
         with tarfile.open(Path(folder, name), "r:") as tar:
-            for member in tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
                 key, suffix = os.path.splitext(member.name)
                 suffix = suffix.lower()
                 is_image = suffix in IMAGE_SUFFIXES
                 if is_hidden(key) or not is_image and suffix not in (".txt", ".json"):
+                    continue
+                if member.size > MOST_BYTES:
+                    left_out.append(key)
                     continue
                 files = (images if is_image else texts).setdefault(key, {})
                 rank = IMAGE_SUFFIXES.index(suffix) if is_image else int(suffix == ".json")
@@ -156,12 +165,14 @@ def _scan_shard(folder, name):
                 warnings.append("holds a second archive after its end, which is left out: unpack "
                                 "both and make one tar of them")
     except (tarfile.TarError, OSError) as error:
-        warnings.append(f"is damaged ({error}): the pairs before the damage are used")
+        with open(Path(folder, name), "rb") as file:
+            gzip = "compressed by gzip: decompress it; " if file.read(2) == b"\x1f\x8b" else ""
+        warnings.append(f"is damaged ({gzip}{error}): the pairs before the damage are used")
     _join_by_first_dot(images, texts)
     alone = len(images.keys() ^ texts.keys())
     if left_out:
         warnings.append(f"holds {len(left_out)} pictures or texts that are left out, because their "
-                        f"key has another one ({left_out[0]})")
+                        f"key has another one, or they are too large ({left_out[0]})")
     if alone and not warnings:
         warnings.append(f"holds {alone} pictures or captions that have no partner and are left out")
     rows = []

@@ -22,6 +22,7 @@ from PIL import Image
 
 from data import BAD_IMAGE, TEMPLATES, decode, open_picture, upright_size
 from support.demo import draw_demo
+from support.pictures import read_file, read_member
 from support.shards import IMAGE_SUFFIXES, is_hidden
 
 ROOT_HINT = "(--root or $MASKCLIP_DATA name another folder)"
@@ -372,9 +373,9 @@ def load_picture(picture):
     """A picture of a TestSet -> RGB picture.  Raises ValueError that names it if it is bad."""
     try:
         if isinstance(picture, tuple):
-            content = _open_zip(str(picture[0]), os.getpid()).read(picture[1])
+            content = read_member(_open_zip(str(picture[0]), os.getpid()), picture[1])
         else:
-            content = Path(picture).read_bytes()
+            content = read_file(picture)
         return decode(content)
     except (*BAD_IMAGE, zipfile.BadZipFile, KeyError) as error:  # KeyError: not in the zip
         raise ValueError(f"cannot read the picture {picture_name(picture)}: {error}") from error

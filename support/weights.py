@@ -7,9 +7,11 @@ may be timm's; SLIP's; Hugging Face's CLIPModel; ViTs of timm and MAE.
     weights["model"], weights["config"]      # evaluate.load_model makes a model of them
 """
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 
 from data import IMAGENET_MEAN, IMAGENET_STD
 from model import CLIP, ModelConfig, VisionModel
-from support.checkpoints import DAMAGED, load_checkpoint
+from support.checkpoints import DAMAGED, check_archive, load_state
 from support.runtime import sentence_of
 from tokenizer import FIXED
 
@@ -27,8 +29,13 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP, pixels from 0 to 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("our checkpoints; OpenAI's CLIP, open_clip's and SLIP's weights; Hugging Face's "
            "CLIPModel; timm's and MAE's ViTs with a class token and absolute positions")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of several parts
 FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-         "open_clip_pytorch_model.bin")
+         "open_clip_pytorch_model.bin", *INDICES)
+# Where training scripts put weights, and what they and wrappers put before names.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "teacher",
+            "student")
+PREFIXES = re.compile(r"^((module|_orig_mod|model|clip_model|backbone)\.)+")
 SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 # Parts of their names -> ours, replaced in this order.
 NAMES = (
@@ -64,28 +71,51 @@ def weights_file(path):
 
 
 def _read_file(path):
-    """A file of weights as a dict.  Raises an OSError of the file itself, else ValueError."""
-    if path.suffix == ".safetensors":
+    """A file of weights -> dict, its SHA-256.  Raises an OSError of the file itself, or ValueError.
+
+    The file is opened once: training may replace last.pt at any moment.
+    """
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        if path.suffix == ".safetensors":
+            return _read_safetensors(file, path), sha256
+        if path.name.endswith(INDICES):
+            return _read_parts(file, path), sha256
+        if not zipfile.is_zipfile(file):
+            return load_state(file, path), sha256
         try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-            return load_file(path)
-        except ImportError as error:
-            raise ValueError(f"{path} needs a package: pip install safetensors") from error
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a checkpoint, or is damaged ({error})") from error
-    if not zipfile.is_zipfile(path):
-        return load_checkpoint(path)
+            check_archive(file)
+            with zipfile.ZipFile(file) as archive:
+                for folder in zipfile.Path(archive).iterdir():
+                    if (folder / "constants.pkl").is_file():  # torch.save writes none
+                        tensors = dict(_script_tensors(_ScriptReader(folder).load()))
+                        return {"input_resolution": torch.empty(0)} | tensors, sha256  # OpenAI's
+        except DAMAGED as error:
+            raise ValueError(f"{path} is no checkpoint, is damaged, or would run code "
+                             f"({sentence_of(error)})") from error
+        return load_state(file, path), sha256
+
+
+def _read_safetensors(file, path):
     try:
-        with zipfile.ZipFile(path) as archive:
-            for folder in zipfile.Path(archive).iterdir():
-                if (folder / "constants.pkl").is_file():  # torch.save writes none
-                    tensors = dict(_script_tensors(_ScriptReader(folder).load()))
-                    return {"input_resolution": torch.empty(0)} | tensors  # OpenAI's mark
-    except DAMAGED as error:
-        raise ValueError(f"{path} is no checkpoint, is damaged, or would run code "
-                         f"({sentence_of(error)})") from error
-    return load_checkpoint(path)
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+        return load(file.read())
+    except ImportError as error:
+        raise ValueError(f"{path} needs a package: pip install safetensors") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged ({error})") from error
+
+
+def _read_parts(file, path):
+    """Hugging Face's weights in several files, by their index."""
+    try:
+        names = {Path(name).name for name in json.load(file)["weight_map"].values()}
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no index of weights ({error!r})") from error
+    parts = [_read_file(path.with_name(name))[0] for name in sorted(names)]
+    return {name: x for part in parts for name, x in part.items()}
 
 
 class _ScriptReader(pickle.Unpickler):
@@ -131,61 +161,91 @@ def _script_tensors(module, prefix=""):
 def read_weights(path):
     """Weights of any of the FORMATS in our names.
 
-    -> {"model": {name: tensor}, "config": ModelConfig, "notes": [str]}, and "tokenizer", a list of
-    merges as "left right", if the file or its folder holds them.  config.method names the kind:
+    -> {"model": {name: tensor}, "config": ModelConfig, "notes": [str], "sha256": of the file}, and
+    "tokenizer", merges as "left right", if the file or its folder holds them.  config.method names
+    the kind:
     "slip", "simclr", "mae" and "vit" come without heads and decoders.  If pixels are normalised in
     another way than ours, that is folded into the patch embedding.  Raises FileNotFoundError, or
     ValueError for all else.
     """
     file = weights_file(path)
-    state = _read_file(file)
+    state, sha256 = _read_file(file)
     tensors = _tensors(state)
     facts_of = [function for names, function in KINDS if names <= tensors.keys()]
     try:
         if {"model_config", "model"} <= state.keys():
-            return _ours(state)
+            return _ours(state) | dict(sha256=sha256)
         if facts_of:
             settings, tokenizer = _hub_settings(file)
+            if "quickgelu" in file.name.lower():  # as open_clip's names say it
+                settings.setdefault("model_cfg", dict(quick_gelu=True))
             fields, view = facts_of[0](tensors, settings)
             weights = _rename(tensors)
             _fold_pixels(weights, view)
             config = _config_of(weights, fields, view, **tokenizer)
             act = "QuickGELU" if config.quick_gelu[0] else "GELU"
             note = ("the file does not say its activation, and mean and deviation of its pixels: "
-                    f"{act}, {view['mean']} and {view['std']} are taken")
+                    f"{act} ('quickgelu' in its name: QuickGELU), {view['mean']} and {view['std']} "
+                    "are taken")
             # OpenAI's and SLIP's are all alike, the other kinds are not.
             is_sure = settings or tensors.keys() & {"input_resolution", "visual.norm.weight"}
-            return dict(model=weights, config=config, notes=[] if is_sure else [note]) | tokenizer
+            notes = [] if is_sure else [note]
+            wrappers = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+            if len(wrappers) > 1:
+                notes.append(f"of the weights {', '.join(wrappers)} in it, {wrappers[0]} is taken")
+            return dict(model=weights, config=config, notes=notes, sha256=sha256) | tokenizer
     except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is of a supported kind, but it or a file next to it does not fit "
                          f"({type(error).__name__}: {sentence_of(error)[:200]})") from error
-    raise ValueError(f"{path} holds no weights that are supported ({FORMATS}); its first tensors "
-                     f"are {', '.join(list(tensors)[:4]) or 'none'}")
+    what = "tensors" if tensors else "keys, none of a tensor,"
+    raise ValueError(f"{path} holds no weights that are supported ({FORMATS}); its first {what} "
+                     f"are {', '.join(map(str, list(tensors or state)[:4])) or 'none'}")
 
 
 def take_weights(model, weights, label):
     """Load what read_weights gave into a model, as far as it goes.  -> what was and was not taken
 
-    label: what messages call the weights.  Raises ValueError if a shape or the depth differs.
+    label: what messages call the weights.  Positions of patches are interpolated if the pictures
+    have another size.  Raises ValueError if another shape or the depth differs.
     """
+    notes = [f"{label}: {note}" for note in weights["notes"]]
+    theirs = dict(weights["model"])
+    for name in ("visual.pos_embed", "image_decoder.pos_embed"):
+        if name in theirs and name in model.state_dict():
+            theirs[name] = resized_positions(theirs[name], model.config.grid)
+    if weights["config"].grid != model.config.grid:
+        notes.append(f"{label}: positions of {weights['config'].grid} x {weights['config'].grid} "
+                     f"patches are interpolated to {model.config.grid} x {model.config.grid}")
     if weights["config"].depth != model.config.depth:
         raise ValueError(f"{label} does not fit the model: an image tower of "
                          f"{weights['config'].depth} blocks, here {model.config.depth}")
     try:
-        missing = model.load_state_dict(weights["model"], strict=False).missing_keys
+        missing = model.load_state_dict(theirs, strict=False).missing_keys
     except RuntimeError as error:  # another shape
         raise ValueError(f"{label} does not fit the model: {sentence_of(error)}") from error
     total = len(model.state_dict())
     fresh = ", ".join(sorted({name.partition(".")[0] for name in missing})) or "none"
-    return f"{total - len(missing)} of {total} tensors are those of {label}; fresh: {fresh}"
+    notes.append(f"{total - len(missing)} of {total} tensors are those of {label}; fresh: {fresh}")
+    return "\n".join(notes)
+
+
+def resized_positions(positions, side):
+    """Positions (.., 1 + n * n, D) of class token and grid -> (.., 1 + side * side, D), as BEiT."""
+    n = math.isqrt(positions.size(-2) - 1)
+    if n == side:
+        return positions
+    grid = positions[..., 1:, :].reshape(1, n, n, -1).permute(0, 3, 1, 2)           # (1, D, n, n)
+    grid = F.interpolate(grid.float(), (side, side), mode="bicubic")
+    grid = grid.flatten(2).transpose(1, 2).to(positions)                            # (1, side^2, D)
+    return torch.cat([positions[..., :1, :], grid.view(*positions.shape[:-2], side * side, -1)], -2)
 
 
 def _tensors(state):
     """The tensors of a dict of weights, or of the one that a training script put into it."""
-    for key in ("state_dict", "model"):
+    for key in WRAPPERS:
         if isinstance(state.get(key), dict):
             state = state[key]
-    return {str(name).removeprefix("module."): x for name, x in state.items()
+    return {PREFIXES.sub("", str(name)): x for name, x in state.items()
             if isinstance(x, torch.Tensor)}
 
 

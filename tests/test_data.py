@@ -204,6 +204,8 @@ def test_decode_reads_animated_cmyk_and_16_bit_pictures():
     ramp = (np.arange(256, dtype=np.uint16) * 257)[None].repeat(4, 0)
     image = data.decode(encoded(Image.fromarray(ramp), "PNG"))
     assert np.array_equal(np.array(image)[0, :, 1], np.arange(256))
+    clear = encoded(Image.fromarray(ramp), "PNG", transparency=257 * 9)
+    assert np.array(data.decode(clear))[0, 8:11, 0].tolist() == [8, 255, 10]
 
 
 def bomb(side):
@@ -214,7 +216,8 @@ def bomb(side):
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 BROKEN = dict(truncated=plain((200, 200))[:700], text=b"this is no picture",
-              bomb=bomb(20_000), warned=bomb(10_000), program=EPS)
+              bomb=bomb(20_000), warned=bomb(10_000), program=EPS,
+              long=encoded(Image.new("L", (1, 300_000)), "PNG"))
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -138,6 +138,10 @@ def test_hugging_face_loads_it(shape, tmp_path):
     show = transformers.CLIPImageProcessor.from_pretrained(out)
     pixels = show(PICTURE, return_tensors="pt").pixel_values[0]
     assert (pixels - evaluation_pixels(model.config)).abs().mean() < 0.02  # another resampler
+    for half in (transformers.CLIPVisionModelWithProjection,
+                 transformers.CLIPTextModelWithProjection):
+        _, info = half.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"], info
     read_back(out, model, shape[1])
 
 

@@ -10,13 +10,13 @@ SUPPORT = tuple(f"support.{path.stem}" for path in sorted((ROOT / "support").glo
 # Each room and what it may import of ours.  Nothing imports tools.
 ARROWS = {
     "losses": (), "tokenizer": (),
-    "support.settings": (), "support.runtime": (), "support.shards": (),
-    "support.probe": (), "support.pictures": (),
+    "support.settings": (), "support.runtime": (), "support.probe": (),
+    "support.pictures": (), "support.shards": ("support.pictures",),
     "support.checkpoints": ("support.runtime",), "support.demo": ("support.shards",),
     "model": (),
     "data": ("tokenizer", "support.shards", "support.demo", "support.pictures"),
     "support.weights": ("model", "tokenizer", "data", "support.checkpoints", "support.runtime"),
-    "support.testsets": ("data", "support.shards", "support.demo"),
+    "support.testsets": ("data", "support.shards", "support.demo", "support.pictures"),
     "support.results": ("support.testsets", "support.weights"),
     "evaluate": ("data", "model", "tokenizer", "support.weights", "support.testsets",
                  "support.results", "support.probe", "support.runtime"),

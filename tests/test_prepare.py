@@ -14,7 +14,7 @@ from helpers import finish, picture_bytes, start, write_shard
 from PIL import Image
 
 import data
-from support import shards
+from support import runtime, shards
 from tools import prepare, readers
 
 
@@ -184,6 +184,21 @@ def test_a_folder_of_another_form_is_described(tmp_path, run):
         write_table(tmp_path / f"set/{name}.csv", [("1.jpg", "a", "")])
     answer = run("pack", tmp_path / "set", "--out", tmp_path / "out", fails=True)
     assert "a.csv" in answer and "b.csv" in answer
+
+
+def test_a_table_that_spells_a_name_in_another_way_and_one_that_is_full(tmp_path, packed, run):
+    """é of macOS, two characters, against one; two packs at a time into one folder."""
+    draw_pictures(tmp_path, [1])
+    (tmp_path / "1.jpg").rename(tmp_path / "cafe\u0301.jpg")
+    rows = [("caf\u00e9.jpg", "a", ""), ("cafe\u0301.jpg", "b", "")]
+    table = write_table(tmp_path / "a.csv", rows)
+    assert packed(table)[0] == [(1, ["a"]), (1, ["b"])]
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "wb") as guard:
+        runtime.lock(guard, "")
+        assert "another pack" in run("pack", table, "--out", out, fails=True)
+    run("pack", table, "--out", out)
 
 
 def test_what_is_no_source_is_answered_and_nothing_is_guessed(tmp_path, run):

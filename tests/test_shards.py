@@ -1,4 +1,5 @@
 """Shards are read as webdataset's, their index is rebuilt when they change, damage is named."""
+import gzip
 import json
 import os
 import pickle
@@ -70,6 +71,20 @@ def test_a_key_twice_and_a_second_archive_are_named(tmp_path):
     opened = open_all(tmp_path)
     assert numbers_of(opened) == [*range(6), *range(3)]
     assert "holds 12 pictures" in opened.warnings[0] and "second archive" in opened.warnings[1]
+
+
+def test_gzip_and_a_huge_member_are_named(tmp_path):
+    plain = write_shard(tmp_path / "1.tar", members(range(2))).read_bytes()
+    (tmp_path / "0.tar").write_bytes(gzip.compress(plain))
+    with tarfile.open(tmp_path / "2.tar", "w") as tar:
+        shards.add_member(tar, "0.png", PICTURE)
+        huge = tarfile.TarInfo("0.txt")
+        huge.size = 2 ** 33  # a hole in the file
+        tar.addfile(huge)
+        tar.fileobj.seek(tar.fileobj.tell() + huge.size)
+        tar.offset += huge.size
+    opened = open_all(tmp_path)
+    assert len(opened) == 2 and "gzip" in opened.warnings[0] and "too large" in opened.warnings[1]
 
 
 def test_texts_that_are_not_utf_8_are_bad_pairs(tmp_path):

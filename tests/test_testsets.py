@@ -1,5 +1,6 @@
 """Evaluation sets: prompts.json, one set in every layout, what is wrong in one; and the metrics."""
 import json
+import os
 import re
 import zipfile
 from functools import lru_cache
@@ -281,6 +282,18 @@ def test_an_index_that_cannot_be_checked_or_read(tmp_path):
         (home / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name}.*ZIP@PATH"):
             test_set("eurosat", tmp_path)
+
+
+def test_pictures_that_are_pipes_or_huge_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2 ** 28 + 1)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("huge.png", bytes(2 ** 28 + 1))
+    for picture, word in ((tmp_path / "pipe.png", "no file"), (tmp_path / "huge.png", "bytes"),
+                          ((tmp_path / "a.zip", "huge.png"), "bytes")):
+        with pytest.raises(ValueError, match=word):
+            load_picture(picture)
 
 
 def test_class_folders_that_are_wrong(tmp_path):

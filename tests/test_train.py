@@ -8,7 +8,7 @@ import shutil
 import socket
 import tarfile
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -128,7 +128,8 @@ def test_recipes_by_data_and_method():
     (dict(precision="int8"), "int8"), (dict(recipe="coco"), "coco"), (dict(seed=-1), "--seed"),
     (dict(mask_ratio=75.0), "--mask-ratio"), (dict(steps=-3), "--steps"),
     (dict(epochs=0), "--epochs"), (dict(batch_size=-8), "--batch-size"), (dict(lr=-1.0), "--lr"),
-    (dict(lr=math.nan), "--lr"), (dict(ema_end=1.5), "--ema-end"),
+    (dict(lr=math.nan), "--lr"), (dict(ema_end=1.5), "--ema-end"), (dict(batch_size=1), "2"),
+    (dict(mlm_weight=-1.0), "--mlm-weight"), (dict(ema_start=math.nan), "--ema-start"),
     (dict(distill_weight=math.inf), "--distill-weight")])
 def test_settings_that_are_impossible_are_refused(given, word):
     with pytest.raises(ValueError, match=word):
@@ -483,6 +484,20 @@ def test_init_from_another_method_takes_what_fits(shards, tmp_path, capsys):
     assert [line["step"] for line in log] == [1, 2]
 
 
+def test_init_of_another_picture_size_interpolates_positions_and_repeats_notes(
+        shards, tmp_path, monkeypatch, capsys):
+    run_training(shards, tmp_path / "a", steps=1)
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    monkeypatch.setitem(models.PRESETS, "tiny", replace(models.PRESETS["tiny"], image_size=32))
+    run_training(shards, tmp_path / "b", init=str(tmp_path / "a/last.pt"), steps=1, lr=0.0)
+    printed = capsys.readouterr().out
+    assert "8 x 8 patches are interpolated to 4 x 4" in printed and "fresh: none" in printed
+    grid = state["model"]["visual.pos_embed"][0, 1:].view(1, 8, 8, -1).movedim(-1, 1)
+    small = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic")
+    ours = saved(tmp_path / "b")["model"]["visual.pos_embed"]
+    assert torch.allclose(ours[0, 1:].T, small[0].flatten(1), atol=1e-4)
+
+
 def test_init_that_does_not_fit_is_an_error(shards, tmp_path):
     run_training(shards, tmp_path / "clip", method="clip", steps=1)
     init = str(tmp_path / "clip/last.pt")
@@ -506,6 +521,10 @@ def test_bad_pairs_are_counted_and_named_and_too_many_end_the_run(tmp_path):
     log = run_training(tmp_path, tmp_path / "run")
     names = [name for line in log for name in line["bad_pairs"]]
     assert log[-1]["bad"] == 1 and len(names) == 1 and "00000.tar" in names[0]
+    log = run_training(tmp_path, tmp_path / "two", log_every=5, epochs=2)
+    shutil.copy(tmp_path / "two/epoch-1.pt", tmp_path / "two/last.pt")  # between two lines
+    assert run_training(tmp_path, tmp_path / "two", log_every=5, epochs=2) == log
+    assert log[0]["bad_pairs"][0] == names[0]
 
     draw_pairs(tmp_path / "many", 90)
     spoil_pictures(tmp_path / "many/00000.tar", every=3)

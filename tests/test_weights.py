@@ -1,5 +1,6 @@
 """Other projects' weights give the features that their own code gives; no code in a file runs."""
 import argparse
+import hashlib
 import importlib.util
 import json
 import pickle
@@ -235,6 +236,11 @@ def test_our_checkpoints(tmp_path):
 
 # ---------------------------------------------------------------- files that are wrong
 
+VIT = {name.removeprefix("visual."): x
+       for name, x in models.build(replace(SMALL, method="simclr")).state_dict().items()
+       if name.startswith("visual.")}
+
+
 class Evil:
     def __reduce__(self):
         return print, ("this must not run",)
@@ -255,6 +261,43 @@ def test_a_program_is_not_run(tmp_path, capfd):
     assert "this must not run" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("wrap,prefix,note", [
+    (lambda x: x, "_orig_mod.", ""), (lambda x: dict(state_dict=x), "module._orig_mod.", ""),
+    (lambda x: dict(model_state_dict=x, epoch=1), "model.", ""),
+    (lambda x: dict(model_ema=x), "clip_model.", ""), (lambda x: dict(state_dict_ema=x), "", ""),
+    (lambda x: dict(student={}, teacher=x), "backbone.", "teacher is taken")])
+def test_what_scripts_wrap_around_weights(tmp_path, wrap, prefix, note):
+    state = wrap({prefix + name: x for name, x in VIT.items()})
+    torch.save(state, tmp_path / "vit.pt")
+    weights = read_weights(tmp_path / "vit.pt")
+    assert torch.equal(weights["model"]["visual.pos_embed"], VIT["pos_embed"])
+    assert note in " ".join(weights["notes"])
+    assert weights["sha256"] == hashlib.sha256((tmp_path / "vit.pt").read_bytes()).hexdigest()
+
+
+def test_weights_in_several_parts(tmp_path):
+    names = list(VIT)
+    parts = {"a-00001.bin": names[:9], "a-00002.bin": names[9:]}
+    for file, part in parts.items():
+        torch.save({name: VIT[name] for name in part}, tmp_path / file)
+    index = dict(weight_map={name: file for file, part in parts.items() for name in part})
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert read_weights(tmp_path)["model"].keys() == {f"visual.{name}" for name in VIT}
+    (tmp_path / "pytorch_model.bin.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="index.json"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.peers
+def test_the_name_of_a_file_can_say_quickgelu(tmp_path):
+    theirs = small_clip()
+    for name, quick in (("ViT-X.pt", False), ("ViT-X-quickgelu.pt", True)):
+        torch.save(theirs.state_dict(), tmp_path / name)
+        weights = read_weights(tmp_path / name)
+        assert weights["config"].quick_gelu == (quick, quick)
+        assert bool(weights["notes"]) == (not quick)
+
+
 def test_safetensors(tmp_path, monkeypatch):
     """Damaged, and without the package."""
     path = tmp_path / "x.safetensors"
@@ -267,13 +310,9 @@ def test_safetensors(tmp_path, monkeypatch):
         read_weights(path)
 
 
-VIT = {name.removeprefix("visual."): x
-       for name, x in models.build(replace(SMALL, method="simclr")).state_dict().items()
-       if name.startswith("visual.")}
-
-
 @pytest.mark.parametrize("state,word", [
     (dict(weights=torch.ones(1)), "its first tensors are weights"),
+    (dict(net=dict(a=1), epoch=3), "none of a tensor, are net, epoch"),
     ({name: x for name, x in VIT.items() if name != "pos_embed"}, "absolute positions"),  # BEiT
     (VIT | {"blocks.0.ls1.gamma": torch.zeros(32)}, "ls1.gamma"),                       # DINOv2
     (VIT | {"pos_embed": torch.zeros(1, 16, 32)}, "pos_embed"),         # without the class token

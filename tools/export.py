@@ -123,10 +123,11 @@ def to_hugging_face(model, tokenizer, out):
     vision = dict(hidden_size=c.width, intermediate_size=4 * c.width, num_hidden_layers=c.depth,
                   num_attention_heads=c.heads, layer_norm_eps=c.image_norm_eps,
                   hidden_act=activation[c.quick_gelu[0]], image_size=c.image_size,
-                  patch_size=c.patch_size)
+                  patch_size=c.patch_size, projection_dim=c.embed_dim)
     text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width,
                 num_hidden_layers=c.text_depth, num_attention_heads=c.text_heads,
                 layer_norm_eps=1e-5, hidden_act=activation[c.quick_gelu[1]],
+                projection_dim=c.embed_dim,
                 vocab_size=c.vocab_size - 1, max_position_embeddings=c.context_length,
                 bos_token_id=tokenizer.sot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
     config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=c.embed_dim,

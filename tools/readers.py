@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import unicodedata
 import zipfile
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
@@ -20,6 +21,7 @@ import numpy as np
 
 import data
 from support import shards, testsets
+from support.pictures import read_file, read_member
 
 IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
 
@@ -95,7 +97,7 @@ def _load_files(picture):
     for text in (picture.with_suffix(".txt"), picture.with_suffix(".json")):
         if text.is_file() and (text.suffix == ".json" or text.stat().st_size):
             captions = shards.parse_captions(text.read_bytes(), text.suffix == ".json")
-            return picture.read_bytes(), captions
+            return read_file(picture), captions
     raise FileNotFoundError(f"no text in {picture.stem}.txt or .json next to it")
 
 
@@ -145,9 +147,12 @@ def _load(row, home):
         raise ValueError("its caption is not UTF-8")  # these are bytes that could not be decoded
     archive, inside, member = image.partition(".zip/")
     if not inside:
-        return Path(home, image).read_bytes(), captions
+        # macOS writes é as two characters, so that a table may spell a file's name in another way.
+        spellings = [Path(home, unicodedata.normalize(form, image)) for form in ("NFC", "NFD")]
+        paths = [path for path in (Path(home, image), *spellings) if path.exists()]
+        return read_file(paths[0] if paths else Path(home, image)), captions
     try:
-        return _open_zip(Path(home, f"{archive}.zip")).read(member), captions
+        return read_member(_open_zip(Path(home, f"{archive}.zip")), member), captions
     except (KeyError, zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: encrypted
         raise OSError(f"cannot read {image}: {error}") from error
 
