@@ -444,7 +444,7 @@ def finish(config, model, tokenizer, pairs, results):
     wanted = ("zeroshot", "retrieval", "dense") if "text" in model.needs else ("linear",)
     missing = [name for name in wanted if name not in results]
     results = results | evaluate_run(model, tokenizer, pairs, missing)
-    print0(evaluate.table({"": results}) or f"no test sets next to {folder}: see evaluate.py -h")
+    print0(evaluate.table({"": results}) or "no test sets next to a folder train/: docs/data.md")
     unseen = results.get("zeroshot", {}).get("per_class", {})
     if set(HELD_OUT) <= set(unseen):
         mean = sum(unseen[name] for name in HELD_OUT) / len(HELD_OUT)
@@ -604,8 +604,8 @@ def train(config):
     if progress.step == last_step:
         on_rank0(lambda: finish(config, model, tokenizer, pairs, results), ranks)
     else:
-        print0(f"{signals.name or 'a signal or --steps'}: stopped after step {progress.step} of "
-               f"{last_step}; the same command without --steps resumes from {out / 'last.pt'}")
+        print0(f"{signals.reason(stop)}: stopped after step {progress.step} of {last_step}; the "
+               f"same command{'' if stop else ' without --steps'} resumes from {out / 'last.pt'}")
     if log:
         log.close()
 

@@ -445,8 +445,9 @@ class Run:
         """Evaluate a run that is complete, print the scores, append them to results.jsonl."""
         self.signals.restore()
         if self.progress.step < self.last_step:
-            print0(f"{self.signals.name or 'a signal or --steps'}: stopped after step "
-                   f"{self.progress.step} of {self.last_step}; the same command without --steps "
+            signalled = bool(self.signals.name) or self.progress.step < self.stop_at
+            print0(f"{self.signals.reason(signalled)}: stopped after step {self.progress.step} of "
+                   f"{self.last_step}; the same command{'' if signalled else ' without --steps'} "
                    "resumes")
         else:
             result = self.result or on_rank0(measure, self.ranks)

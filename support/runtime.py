@@ -164,6 +164,12 @@ class SignalHandler:
             dist.all_reduce(flag, group=self.group)  # by the CPUs: no GPU is waited for
         return bool(flag)
 
+    def reason(self, stopped):
+        """Why a run ends early, for messages.  stopped: as stop_requested has answered"""
+        if stopped:
+            return self.name or "a signal to another rank"
+        return "--steps"
+
     def restore(self):
         """Give the signals their usual effect back."""
         for number in STOP_SIGNALS:

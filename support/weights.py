@@ -67,7 +67,8 @@ def weights_file(path):
     for name in FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path} is a folder without {', '.join(FILES)}")
+    raise FileNotFoundError(f"{path} is a folder without {', '.join(FILES)}: of a run name a file, "
+                            f"{path}/last.pt")
 
 
 def _read_file(path):

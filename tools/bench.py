@@ -181,6 +181,7 @@ def train_on(config, batches):
     with tempfile.TemporaryDirectory() as out, contextlib.suppress(StopIteration), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
             mock.patch.object(data, "make_loader", lambda *_: batches), \
+            mock.patch.object(train, "open_log", lambda *_: None), \
             mock.patch.object(train, "make_tokenizer", lambda *_: make_tokenizer()):
         train.train(replace(config, out=out))
 

@@ -85,8 +85,12 @@ def compare(folders):
     columns = dict.fromkeys(name for _, numbers in runs for name in numbers
                             if isinstance(name, tuple))
     notes = ["a score: mean ± standard deviation over the runs (n - 1), and in brackets that less "
-             "CLIP's ± its standard error, sqrt(s1^2 / n1 + s2^2 / n2)",
-             "paper: ViT-B/16, YFCC-15M, 25 epochs"]
+             "CLIP's ± its standard error, sqrt(s1^2 / n1 + s2^2 / n2)"]
+    if not columns:
+        notes = ["no run is evaluated yet: evaluate.py --checkpoint RUN/last.pt ... does it"]
+    if not clip:
+        notes.append("memory and time are over CLIP's, of which there is no run")
+    notes.append("paper: ViT-B/16, YFCC-15M, 25 epochs")
     head = ["", "seeds", "memory", "time"]
     for task, score, protocol in columns:
         head.append(f"{task} {score}")

@@ -8,6 +8,7 @@ timm's names are also those of MAE and of ViTDet.
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -184,11 +185,14 @@ def export(checkpoint, name, out):
         raise ValueError(f"{checkpoint} has no text tower: use --format timm")
     files = FORMATS[name](model, tokenizer, out)
     out.mkdir(parents=True)
+    umask = os.umask(0)
+    os.umask(umask)
     for file, content in files.items():
         if file.endswith(".safetensors"):
             weights = {key: x.detach().clone(memory_format=torch.contiguous_format)
                        for key, x in content.items()}
             save_file(weights, out / file, {"format": "pt"})
+            (out / file).chmod(0o666 & ~umask)  # it is the owner's alone otherwise
             continue
         text = content if isinstance(content, str) else json.dumps(content, indent=2)
         (out / file).write_text(text, "utf-8")

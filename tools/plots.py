@@ -38,8 +38,9 @@ VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 SIDE = 224      # of a picture on a sheet (our choice: 7, 8 and 14 patches divide it)
 COLUMNS = 6     # of a sheet (our choice: what a screen holds)
-STOP_WORDS = set("a an the and or of in on at to with by is are there left right above below "
-                 "picture small large".split())  # they name nothing that has a place
+STOP_WORDS = set(  # they name nothing that has a place
+    "a an the and or of in on at to with by from into over under is are there its his her their "
+    "left right above below picture small large".split())
 
 
 def sheet(title, rows):
@@ -47,11 +48,12 @@ def sheet(title, rows):
     lines = [title]
     for row in rows:
         if isinstance(row, str):
-            lines += textwrap.wrap(row, 150)
+            lines += textwrap.wrap(row, 115)
         else:
             lines += [row[i:i + COLUMNS] for i in range(0, len(row), COLUMNS)]
     heights = [24 if isinstance(line, str) else SIDE + 32 for line in lines]
-    image = Image.new("RGB", (COLUMNS * (SIDE + 8), sum(heights)), "white")
+    columns = max(4, *(len(line) for line in lines if not isinstance(line, str)))
+    image = Image.new("RGB", (columns * (SIDE + 8), sum(heights)), "white")
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(16)
     top = 0
@@ -73,26 +75,30 @@ def view(path):
 
 
 def word_maps(model, tokenizer, path, words):
-    """The similarity of each patch of a picture to each word -> (words, grid, grid) float32.
-
-    Less the word's mean over the picture (where is it?) and, of more than two words, less the
-    patch's mean over the words (which one is it?); of two, each would be the other's negative.
-    """
-    classifier = evaluate.zeroshot_classifier(model, tokenizer, words, ("{}", "a {}"))  # (words, E)
+    """How much more a patch looks like each text than like an empty one -> (words, grid, grid)"""
+    classifier = evaluate.zeroshot_classifier(model, tokenizer, [*words, ""], ("{}", "a {}"))
     patches = evaluate.encode_images(model.encode_patches, [path], model)[0]            # (N, E)
-    maps = classifier @ F.normalize(patches, dim=1).T                                   # (words, N)
-    if len(words) > 2:
-        maps = maps - maps.mean(0)
-    maps = maps - maps.mean(1, keepdim=True)
+    maps = classifier @ F.normalize(patches, dim=1).T                               # (words + 1, N)
+    maps = maps[:-1] - maps[-1]
     return maps.view(-1, model.config.grid, model.config.grid).numpy()
 
 
+def phrases(caption):
+    """The words of a caption that STOP_WORDS and punctuation divide: ["red star", "blue circle"]"""
+    parts = [[]]
+    for word in re.findall(r"[\w'-]+|[^\w\s]", caption.lower()):
+        if word in STOP_WORDS or not word[0].isalnum():
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return list(dict.fromkeys(" ".join(part) for part in parts if part))
+
+
 def heatmap(model, tokenizer, pairs):
-    """Word maps of each pair (path of a picture, caption), each word of the caption once."""
+    """Maps of the phrases of each pair (path of a picture, caption)."""
     rows = []
     for path, caption in pairs:
-        words = [word for word in dict.fromkeys(re.findall(r"[\w'-]+", caption.lower()))
-                 if word not in STOP_WORDS]
+        words = phrases(caption)
         if not words:
             raise ValueError(f"heatmap finds no word to look for in {caption!r}")
         picture = view(path)
@@ -105,7 +111,7 @@ def heatmap(model, tokenizer, pairs):
             colours = Image.fromarray(np.stack(colours, -1).astype(np.uint8))
             row.append((word, Image.blend(picture, colours, 0.7)))
         rows += [caption, row]
-    return sheet("Where the words are: from blue (lowest of a map) to yellow (highest)", rows)
+    return sheet("Where the words are, from blue (lowest of a map) to yellow (highest)", rows)
 
 
 def mask_sheet(paths, grid, ratio):
@@ -259,6 +265,8 @@ def draw(what, names, checkpoint, root):
         return codeword_sheet(model, names)
     if tokenizer is None:
         raise ValueError(f"{what} needs a text encoder, which {checkpoint} does not have")
+    if what == "heatmap" and len(names) == 1 and Path(names[0]).is_file():
+        raise ValueError(f"heatmap {names[0]}: give the words to look for after the picture")
     if what == "heatmap" and len(names) > 1:
         return heatmap(model, tokenizer, [(path, names[-1]) for path in names[:-1]])
     folder = evaluate.find(names[0], root, "val")

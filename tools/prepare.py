@@ -150,7 +150,8 @@ def check(pairs):
             print(line)
     print(f"{n_bad:,} of {sum(map(len, pairs.sources)):,} pairs are bad")
     if n_bad or pairs.warnings:
-        raise ValueError("the data is damaged; prepare.py pack leaves out what is bad")
+        raise ValueError(f"{n_bad:,} pairs are bad, and of {len(pairs.warnings)} shards a warning "
+                         "says what cannot be used; prepare.py pack leaves it out")
 
 
 def _check(task):
@@ -165,16 +166,18 @@ def _check(task):
 
 
 def show(pairs, out, seed=0):
-    """A contact sheet of 24 random pairs, cropped as in training, each over one caption."""
+    """A contact sheet of 24 random pairs, each once, cropped as in training, over one caption."""
     size = 224  # pixels
     width = size + 8
     height = size + 70  # four lines of text
     sheet = Image.new("RGB", (6 * width, 4 * height), "white")
     pen = ImageDraw.Draw(sheet)
     rng = np.random.default_rng(seed)
-    for y, x in product(range(4, 4 * height, height), range(4, 6 * width, width)):
+    corners = product(range(4, 4 * height, height), range(4, 6 * width, width))
+    chosen = rng.choice(len(pairs), min(24, len(pairs)), replace=False).tolist()
+    for (y, x), i in zip(corners, chosen):
         try:
-            content, captions = pairs[int(rng.integers(len(pairs)))]
+            content, captions = pairs[i]
             image = decode(content)
             text = captions[int(rng.integers(len(captions)))]
             box = data.crop_box(*image.size, (0.5, 1.0), rng)  # SLIP recipe
