@@ -178,6 +178,8 @@ def make_model(config, saved, make_network):
     else:
         weights = read_weights(config.checkpoint)
         shape = weights["config"]
+        for note in weights["notes"]:
+            print0(f"{config.checkpoint}: {note}")
     shape = dataclasses.replace(shape, image_size=config.image_size or shape.image_size)
     if shape.image_size % shape.patch_size:
         raise ValueError(f"--image-size {shape.image_size} is not a multiple of the tower's "

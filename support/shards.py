@@ -135,6 +135,7 @@ def _scan_shard(folder, name):
     texts = {}
     left_out = []
     warnings = []
+    is_whole = False
     checksum = 0    # of names, texts and the last bytes of pictures, which are read on the way
     try:
         with tarfile.open(Path(folder, name), "r:") as tar:
@@ -161,6 +162,7 @@ def _scan_shard(folder, name):
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("it ends early")
+            is_whole = True
             if tar.fileobj.read(2 ** 20).strip(b"\0"):
                 warnings.append("holds a second archive after its end, which is left out: unpack "
                                 "both and make one tar of them")
@@ -173,7 +175,7 @@ def _scan_shard(folder, name):
     if left_out:
         warnings.append(f"holds {len(left_out)} pictures or texts that are left out, because their "
                         f"key has another one, or they are too large ({left_out[0]})")
-    if alone and not warnings:
+    if alone and is_whole:
         warnings.append(f"holds {alone} pictures or captions that have no partner and are left out")
     rows = []
     for key in images:

@@ -48,7 +48,8 @@ def test_texts_and_json_are_read_and_what_has_no_partner_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("files,kept,warning", [
-    ({"0.png": b"mask", "0.jpg": b"A", "0.txt": b"a"}, [(b"A", "a")], "holds 1 .*(0)"),
+    ({"0.png": b"mask", "0.jpg": b"A", "0.txt": b"a", "1.jpg": b"B"}, [(b"A", "a")],
+     "holds 1 .*key.*(0).*holds 1 .*partner"),
     ({"0.image.jpg": b"A", "0.text.txt": b"a", "1.jpg": b"B", "1.txt": b"b"},
      [(b"A", "a"), (b"B", "b")], ""),
     ({"a.1.jpg": b"A", "a.1.txt": b"a", "a.2.jpg": b"B", "a.2.txt": b"b"},
@@ -85,6 +86,13 @@ def test_gzip_and_a_huge_member_are_named(tmp_path):
         tar.offset += huge.size
     opened = open_all(tmp_path)
     assert len(opened) == 2 and "gzip" in opened.warnings[0] and "too large" in opened.warnings[1]
+
+
+def test_a_full_disk_is_named_by_what_it_refuses(tmp_path):
+    with pytest.raises(OSError, match="pairs.index.*No space"):
+        with shards.atomic_write(tmp_path / "pairs.index"):
+            raise OSError(28, "No space left on device")  # as write() raises it
+    assert not list(tmp_path.iterdir())
 
 
 def test_texts_that_are_not_utf_8_are_bad_pairs(tmp_path):

@@ -75,18 +75,17 @@ def _open_folder(folder):
     pictures, others = testsets.picture_files(folder)
     texts = {path.with_suffix("") for path in others if path.suffix in (".txt", ".json")}
     n_pairs = sum(path.with_suffix("") in texts for path in pictures)
-    tables = [path for path in others if path.parent in (folder, folder / "annotations")
-              and path.suffix.lower() in ROWS and not path.stem.endswith("_stats")  # img2dataset
-              and (path.suffix != ".txt" or path.name == "captions.txt")
-              and (path.suffix != ".json" or path.stem.split("_")[0] in ("captions", "train"))]
     if n_pairs:
         files = [(str(path), os.path.getsize(path)) for path in pictures]
         records = ((str(path), partial(_load_files, path)) for path in pictures)
         return records, hashlib.sha1(repr(files).encode()).hexdigest()[:16], []
+    others = [path for path in others if path.parent in (folder, folder / "annotations")]
+    tables = [path for path in others if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".token")
+              or path.name == "captions.txt" or path.match("captions_*.json")]
     if len(tables) == 1:
         return _open_table(tables[0])
-    seen = ", ".join(map(str, tables[:5])) or "no table"
     homes = ", ".join(sorted({str(path.parent.relative_to(folder)) for path in pictures})[:5])
+    seen = ", ".join(str(path.relative_to(folder)) for path in others[:5]) or "no other file"
     raise ValueError(f"{folder} has {len(pictures):,} pictures{f' in {homes}' if homes else ''}, "
                      f"none of which has a KEY.txt or KEY.json next to it, and {seen}: name its "
                      f"table ({', '.join(ROWS)}), or add --classes if its folders are classes")
