@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from support.runtime import Log, print0, sentence_of, survive
+from support.runtime import Log, print0, safe_print, sentence_of
 
 # What torch.load raises on files that are damaged or of another kind.
 DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError,
@@ -49,7 +49,7 @@ class Progress:
         for line in lines:
             self.bad += 1
             if self.bad <= 10:
-                survive(f"warning: bad pair, another takes its place: {line}")
+                safe_print(f"warning: bad pair, another takes its place: {line}")
                 self.bad_names.append(line)
 
     def gather_names(self, ranks):

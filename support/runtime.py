@@ -87,10 +87,10 @@ def keep_freed_memory():
 def print0(text):
     """Print a line on rank 0, at once, also into a file."""
     if os.environ.get("RANK", "0") == "0":
-        survive(text)
+        safe_print(text)
 
 
-def survive(text):
+def safe_print(text):
     """Print a line; a full disk, a closed pipe or an odd encoding does not end a run of weeks."""
     encoding = sys.stdout.encoding or "utf-8"
     with contextlib.suppress(OSError):

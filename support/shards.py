@@ -271,7 +271,7 @@ class Shards:
         return self.names[shard], row.item()
 
     def _bytes(self, name, offset, size):
-        file = self._open(Path(self.folder, name)).fileno()
+        file = self._open(f"{self.folder}/{name}").fileno()
         stat = os.fstat(file)
         if [stat.st_size, stat.st_mtime_ns] != self._state[name]:
             raise OSError(f"{self.folder}/{name} has changed since it was indexed")

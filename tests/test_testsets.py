@@ -221,7 +221,8 @@ def test_hidden_and_other_files_are_no_classes_and_no_pictures(tmp_path):
     home = tmp_path / "mine"
     class_folders(home, ["cat", "dog"], 2)
     class_folders(home / "dog", ["deeper"], 2)
-    for name in (".ipynb_checkpoints/1.jpg", "__MACOSX/1.jpg", "cat/.hidden.jpg", "cat/.DS_Store"):
+    for name in (".ipynb_checkpoints/1.jpg", "__MACOSX/1.jpg", "cat/.hidden.jpg", "cat/.DS_Store",
+                 "cat/.ipynb_checkpoints/2.jpg"):
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_bytes(picture_bytes())
     tests = test_set("mine", tmp_path)

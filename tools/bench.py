@@ -2,6 +2,7 @@
 
     python tools/bench.py                  # all, each in a process of its own
     python tools/bench.py steps memory     # some of them: BENCHES, at the end, names them
+    python tools/bench.py gpu              # one GPU, nine minutes, a line of JSON for each figure
 
 What is compared takes turns, so that a busy machine slows all alike.  A ratio is the median of the
 rounds' ratios, with the least and the greatest; below 1 is faster.  open_clip has a row if it is
@@ -14,6 +15,7 @@ import functools
 import gc
 import importlib.util
 import io
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -317,6 +320,107 @@ def parts():
                         "one by one": one_by_one})
 
 
+def plain_attention(q, k, v, mask=None, causal=False):
+    """model.attention as matrix products, which PyTorch's FlopCounterMode counts."""
+    scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def step_parts(config, batch):
+    """The parts of one MaskCLIP step on this batch, forward and backward.  -> {name: function}"""
+    model = models.build(replace(models.PRESETS[config.model], method="maskclip",
+                                 vocab_size=len(make_tokenizer()))).to(DEVICE)
+    teacher = models.Teacher(model)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.1), fused=True)
+    batch = train.to_device({name: x for name, x in batch.items() if name != "bad"}, DEVICE)
+    images, keep, hide = batch["images"], batch["ids_keep"], batch["ids_hide"]
+    amp = torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA)
+
+    def leaf(x):
+        return x.detach().requires_grad_()
+
+    def both(function, *inputs):
+        """A call, and backward from a sum of its first output."""
+        def call():
+            with amp:
+                out = function(*inputs)
+            (out[0] if isinstance(out, tuple) else out).float().sum().backward()
+        return call
+
+    with torch.no_grad(), amp:
+        f = model.visual(images, keep)
+        g = model.image_decoder(f, keep, hide)
+        full = teacher.visual(images)
+        hidden = full[:, 1:].gather(1, hide[..., None].expand(-1, -1, full.size(-1)))
+        words = model.text(batch["mlm_tokens"])
+        masked = model.text_decoder(words, batch["mlm_tokens"] != 0, batch["mlm_ids"])
+        student_logits, teacher_logits = model.codewords(g), teacher.codewords(hidden)
+    embedding = model.text.token_embedding.weight
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def teacher_tower():
+        with torch.no_grad(), amp:
+            teacher.visual(images)
+
+    def teacher_head():
+        with torch.no_grad(), amp:
+            teacher.codewords(hidden)
+    return {
+        "student, full image": both(lambda: model.visual(images, rows=slice(1))),
+        "student, visible patches": both(lambda: model.visual(images, keep)),
+        "image decoder": both(model.image_decoder, leaf(f), keep, hide),
+        "codewords, student": both(model.codewords, leaf(g)),
+        "teacher, full image": teacher_tower,
+        "codewords, teacher": teacher_head,
+        "distillation loss": both(losses.distillation_loss, leaf(student_logits.flatten(0, 1)),
+                                  teacher_logits.flatten(0, 1), teacher.center),
+        "text": both(lambda: model.text(batch["tokens"])),
+        "masked text": both(lambda: model.text(batch["mlm_tokens"])),
+        "text decoder": both(model.text_decoder, leaf(words), batch["mlm_tokens"] != 0,
+                             batch["mlm_ids"]),
+        "vocabulary head": both(lambda x: F.linear(x, embedding), leaf(masked)),
+        "optimiser": optimizer.step,
+        "EMA": lambda: models.ema_update(teacher, model, 0.999)}
+
+
+def profile(rounds=5, model="vit_b16"):
+    """Where a MaskCLIP step's time goes, and its arithmetic: shares of the parts, each alone."""
+    batch_size = 256 if CUDA else 8
+    with pairs_folder(list(photos(340, 256)), batch_size) as folder:
+        config = bench_config(folder, "maskclip", batch_size, model=model)
+        batch = next(iter(open_loader(config, make_tokenizer(), 1)))
+        parts = step_parts(config, batch)
+        seconds = {name: [] for name in parts}
+        flops = {}
+        for name, part in parts.items():
+            with mock.patch.object(models, "attention", plain_attention), \
+                    FlopCounterMode(display=False) as counter:
+                part()
+            flops[name] = counter.get_total_flops()
+        for _ in range(rounds):
+            for name, part in parts.items():
+                start = now()
+                part()
+                seconds[name].append(now() - start)
+        whole = step_seconds(train_on, config, make_tokenizer())
+        start = time.perf_counter()
+        for _ in open_loader(config, make_tokenizer(), 4):
+            pass
+        loading = (time.perf_counter() - start) / 4
+    seconds = {name: float(np.median(times)) for name, times in seconds.items()}
+    total, operations = sum(seconds.values()), sum(flops.values())
+    print(f"parts of a MaskCLIP step of {model}, {DEVICE_NAME}, batch {batch_size}: their sum is "
+          f"{total / whole:.2f} of the whole step; {operations / batch_size / 1e9:.0f} GFLOP a "
+          f"pair; one loader process takes {loading / whole:.1%} of a step for its batch")
+    for name in parts:
+        share, counted = seconds[name] / total, flops[name] / operations
+        ratio = f"{share / counted:.2f}" if counted > 0.001 else "-"
+        print(f"  {name:<26} {share:6.1%} of the time, {counted:6.1%} of the arithmetic, {ratio}")
+
+
 # ---------------------------------------------------------------- data, start, evaluation
 
 def loader(n=1536):
@@ -380,16 +484,117 @@ def evaluation():
         "padded to 77 tokens": lambda: evaluate.encode_texts(model, padding, prompts)}, rounds=3)
 
 
+# ---------------------------------------------------------------- one GPU, in nine minutes
+
+def gflop_of_a_pair(config):
+    """The arithmetic of a training step, counted, for each of its pairs."""
+    batch = next(iter(open_loader(config, make_tokenizer(), 1)))
+    with FlopCounterMode(display=False) as counter:
+        train_on(config, iter([batch]))
+    return counter.get_total_flops() / config.batch_size / 1e9
+
+
+def product_rate(side, n=10):
+    """TFLOP/s of bf16 products of square matrices."""
+    x = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    x @ x
+    start = now()
+    for _ in range(n):
+        x @ x
+    return 2 * n * side ** 3 / (now() - start) / 1e12
+
+
+def largest_step(run, config, sizes):
+    """Seconds of a step and its peak memory at the largest batch that fits.  -> dict"""
+    for size in sizes:
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            seconds = step_seconds(run, replace(config, batch_size=size), make_tokenizer())
+        except torch.OutOfMemoryError:
+            continue
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30 if CUDA else 0.0
+        return dict(batch=size, pictures_per_s=round(size / seconds, 1), gib=round(gib, 2))
+    return dict(batch=0, pictures_per_s=0.0, gib=0.0)
+
+
+def demo_losses(folder, precision, n):
+    """The contrastive loss of each step of a demo run."""
+    out = Path(folder, precision)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.train(train.make_config(dict(root=folder, out=str(out), steps=n, log_every=1,
+                                           precision=precision)))
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return np.array([line["image"] + line["text"] for line in lines])
+
+
+def gpu():
+    """All that is to be measured on a GPU, in nine minutes; a line of JSON for each figure.
+
+    Without one: the same with a small model, to rehearse it.
+    """
+    began = time.perf_counter()
+    model, sizes, side, n_demo = "vit_b16", (1024, 512, 256), 8192, 300
+    if not CUDA:
+        model, sizes, side, n_demo = "tiny", (16, 8), 512, 10
+    rows = []
+
+    def tell(figure, **values):
+        rows.append((figure, values))
+        print(json.dumps(dict(figure=figure, device=DEVICE_NAME, model=model, **values,
+                              seconds=round(time.perf_counter() - began))), flush=True)
+
+    rate = product_rate(side)
+    tell("bf16 product", side=side, tflops=round(rate, 1))
+    kind = "bf16" if CUDA else "fp32"
+    with pairs_folder(list(photos(340, 256)), sizes[0]) as folder:
+        configs = {name: bench_config(folder, name, sizes[-1], model=model, precision=kind)
+                   for name in models.METHODS}
+        of_clip = None
+        for name in ("clip", *(name for name in models.METHODS if name != "clip")):
+            values = largest_step(train_on, configs[name], sizes)
+            of_clip = of_clip or values
+            work = gflop_of_a_pair(replace(configs[name], batch_size=8))
+            speed = values["pictures_per_s"]
+            tell(name, **values, gflop_a_pair=round(work, 1),
+                 share_of_product=round(work * speed / 1e3 / rate, 3),
+                 time_over_clip=round(of_clip["pictures_per_s"] / max(speed, 1e-9), 2),
+                 memory_over_clip=round(values["gib"] / max(of_clip["gib"], 1e-9), 2))
+        if PEER:
+            tell("open_clip's clip", **largest_step(open_clip_on, configs["clip"], sizes))
+        for name in ("clip", "maskclip"):
+            compiled = replace(configs[name], compile=True)
+            tell(f"{name}, compiled", **largest_step(train_on, compiled, sizes))
+        for n_parts in (2, 8):
+            config = replace(configs["maskclip"], micro_batch=sizes[1] // n_parts)
+            tell(f"maskclip, {n_parts} parts", **largest_step(train_on, config, sizes[1:2]))
+        network = models.build(replace(models.PRESETS[model], method="clip")).eval()
+        pictures = torch.randint(256, (64, *[network.config.image_size] * 2, 3), dtype=torch.uint8)
+        with torch.no_grad():
+            here = network.encode_image(data.normalize(pictures))
+            there = network.to(DEVICE).encode_image(data.normalize(pictures.to(DEVICE))).cpu()
+        tell("evaluation, CPU and GPU", largest_difference=float((here - there).abs().max()))
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {name: demo_losses(folder, name, n_demo) for name in ("fp32", "bf16")}
+    ends = {name: float(losses[-n_demo // 10:].mean()) for name, losses in curves.items()}
+    gap = float(np.abs(curves["bf16"] - curves["fp32"]).mean())
+    tell("demo, contrastive loss", steps=n_demo, **ends, mean_gap=round(gap, 4))
+    print("\n| | " + " | ".join(["figures"]) + " |\n|---|---|")
+    for figure, values in rows:
+        print(f"| {figure} | {', '.join(f'{name} {x}' for name, x in values.items())} |")
+
+
 BENCHES = dict(steps=steps, compiled=functools.partial(steps, compile=True), memory=memory,
-               scaling=scaling, parts=parts, data=loader, tokenizer=words, start=start,
-               evaluation=evaluation)
+               scaling=scaling, parts=parts, profile=profile, data=loader, tokenizer=words,
+               start=start, evaluation=evaluation, gpu=gpu)
 
 
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *BENCHES], help="none: all")
-    names = parser.parse_args().names or list(BENCHES)
+    names = parser.parse_args().names or [name for name in BENCHES if name != "gpu"]
     if len(names) == 1:
         BENCHES[names[0]]()
         return
