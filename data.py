@@ -27,7 +27,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from support.demo import draw_demo
 from support.pictures import BAD_IMAGE, decode, open_picture, upright_size
-from support.shards import IMAGE_SUFFIXES, Shards, cpu_count, find_shards
+from support.shards import IMAGE_SUFFIXES, Shards, cpu_count, find_shards, paths_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,7 +45,7 @@ def find_data(name, root="data"):
     """
     if name == "demo":
         draw_demo(Path(root, "demo"))
-    paths = list(dict.fromkeys([Path(root, name), Path(name)]))
+    paths = paths_of(name, root)
     for path in paths:
         if path.is_file() and path.suffix == ".tar":
             return [path]

@@ -305,7 +305,12 @@ def dense(model, tokenizer, tests):
         guess = F.interpolate(maps, (size, size), mode="bilinear")[0].argmax(0)     # (H, W)
         label = np.array(data.center_crop(tests.label(i), size, Image.NEAREST))
         confusion += confusion_matrix(guess, torch.from_numpy(label), classes)
-    return dict(scores=segmentation_scores(confusion), notes=tests.notes,
+    absent = [name for name, n in zip(tests.names, confusion.sum(1)) if not n]
+    notes = list(tests.notes)
+    if absent:
+        notes.append(f"{len(absent)} of the classes are in no label picture, which count them from "
+                     f"1: {', '.join(absent[:3])}")
+    return dict(scores=segmentation_scores(confusion), notes=notes,
                 chance=1 / (2 * classes - 1),   # IoU of a guess at random: 1/C^2 / (2/C - 1/C^2)
                 over=f"{len(features):,} pictures, {classes} classes",
                 protocol=dict(path=str(tests.path), pictures=len(features), classes=classes))
@@ -360,7 +365,8 @@ def find(name, root, subfolder):
     """The folder of a data set: ROOT/NAME/SUBFOLDER, ROOT/NAME, or the path NAME."""
     if name == "demo":
         testsets.draw_demo(Path(root, "demo"))
-    folders = [Path(root, name, subfolder), Path(root, name), Path(name)]
+    folders = [path / part for path in testsets.paths_of(name, root)
+               for part in (subfolder, "")]
     for folder in folders:
         if folder.is_dir():
             return folder
@@ -466,6 +472,8 @@ def main():
     parser.add_argument("--names", metavar="FILE",
                         help="lines FOLDER<tab>NAME, for class folders of your own")
     args = parser.parse_args()
+    if args.names and not args.zeroshot:
+        parser.error("--names is for --zeroshot")
     if not (args.zeroshot or args.retrieval or args.linear or args.dense):
         parser.error("nothing to do: give --zeroshot, --retrieval, --linear or --dense")
     run_program("evaluate.py", lambda: run(args))

@@ -132,7 +132,7 @@ def make_config(given):
     config = TrainConfig(**settings | given | dict(data=names, recipe=name))
     choices = dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"))
     check_ranges(config, choices, [
-        (0, math.inf, ("micro_batch", "codewords", "vocab_size", "depth", "keep")),
+        (0, 10 ** 6, ("micro_batch", "codewords", "vocab_size", "depth", "keep")),
         (2 - (config.method == "mae"), math.inf, ("batch_size",)),  # one pair has no other pair
         (0, math.inf, ("distill_weight", "mlm_weight")),
         (0, 1, ("ema_start", "ema_end", "mlm_ratio")), (0.01, 0.99, ("mask_ratio",))])

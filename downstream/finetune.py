@@ -361,7 +361,7 @@ class Run:
         if config.batch_size % ranks.world_size or config.batch_size > self.n:
             raise ValueError(f"--batch-size {config.batch_size} is the global batch: give a "
                              f"multiple of {ranks.world_size} ranks, at most {self.n} pictures")
-        names = [Path(testsets.picture_name(picture)).name for picture in train_set.pictures]
+        names = [Path(testsets.picture_name(picture)).parts[-2:] for picture in train_set.pictures]
         fingerprint = f"{self.n} pictures, {zlib.crc32(repr((names, labels)).encode()):08x}"
         saved, source = find_checkpoint(config.out, config.resume, config.force)
         if saved:

@@ -274,12 +274,15 @@ def open_log(out, stateful, progress, facts, source):
 def try_save(out, state, names, log, must):
     """Write the log's lines, then the checkpoint.  -> whether it is saved
 
-    A full disk is a warning, or OSError if it `must` succeed.  Nothing is saved, and so no older
+    A full disk is a warning, or an error if it `must` succeed.  Nothing is saved, and so no older
     checkpoint deleted, while step after step is not finite; one alone is usual in fp16.
     """
     if state["in_a_row"] > 1 or not all(x.isfinite().all() for x in state["model"].values()):
-        print0(f"warning: step {state['step']} is not saved, because the last losses or gradients, "
-               "or a weight, are not finite")
+        sentence = (f"step {state['step']} is not saved, because the last losses or gradients, or "
+                    "a weight, are not finite")
+        if must:
+            raise ValueError(sentence)
+        print0(f"warning: {sentence}")
         return False
     try:
         log.flush(to_disk=True)

@@ -91,10 +91,9 @@ def print0(text):
 
 
 def safe_print(text):
-    """Print a line; a full disk, a closed pipe or an odd encoding does not end a run of weeks."""
-    encoding = sys.stdout.encoding or "utf-8"
+    """Print a line; a full disk or a closed pipe does not end a run of weeks."""
     with contextlib.suppress(OSError):
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(text, flush=True)
 
 
 def on_rank0(function, ranks):
@@ -321,6 +320,7 @@ def sentence_of(error):
 
 def run_program(name, function):
     """Call function(); what a user can mend becomes one sentence and exit status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be in its encoding
     status = 1
     label = f"{name}: rank {os.environ['RANK']}" if "RANK" in os.environ else name
     try:

@@ -50,7 +50,8 @@ def check_ranges(config, choices, ranges):
         if value not in allowed:
             raise ValueError(f"unknown --{name} '{value}': one of {', '.join(allowed)}")
     ranges = [*ranges, (1, math.inf, ("epochs", "batch_size", "log_every")),
-              (0, math.inf, ("steps", "seed", "eval_every", "lr", "weight_decay")),
+              (0, math.inf, ("steps", "eval_every", "lr", "weight_decay")),
+              (0, 2 ** 63 - 1, ("seed",)),  # PyTorch's
               (-1, 999, ("workers",))]
     for lowest, highest, names in ranges:
         for name in names:

@@ -88,6 +88,12 @@ def add_member(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
+def paths_of(name, root):
+    """Where a data set may lie: a name under root first, what looks like a path (a/b, ./a) not."""
+    paths = [Path(root, name), Path(name)]
+    return list(dict.fromkeys(reversed(paths) if os.sep in str(name) else paths))
+
+
 def find_shards(folder):
     """The tars of a folder that are not hidden, sorted.  -> list of Path, [] if there is none"""
     return sorted(path for path in Path(folder).glob("*.tar") if path.name[0] != ".")
@@ -109,12 +115,14 @@ def parse_captions(content, is_json):
 
 
 def captions_of(record):
-    """The TEXT_FIELDS of a record (dict) that are not empty.  ValueError if there is none."""
+    """The TEXT_FIELDS of a record (dict) that are not empty.  ValueError: none, or no text."""
     captions = []
     for field in TEXT_FIELDS if isinstance(record, dict) else ():
         value = record.get(field)
-        texts = value if isinstance(value, list) else [value]
-        captions += [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        texts = value if isinstance(value, list) else [value or ""]
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise ValueError(f"its {field} is no text: {str(value)[:80]!r}")
+        captions += [text.strip() for text in texts if text.strip()]
     if not captions:
         raise ValueError("empty caption")
     return captions
@@ -139,13 +147,13 @@ def _scan_shard(folder, name):
     checksum = 0    # of names, texts and the last bytes of pictures, which are read on the way
     try:
         with tarfile.open(Path(folder, name), "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+            for member in tar:
                 key, suffix = os.path.splitext(member.name)
                 suffix = suffix.lower()
                 is_image = suffix in IMAGE_SUFFIXES
                 if is_hidden(key) or not is_image and suffix not in (".txt", ".json"):
                     continue
-                if member.size > MOST_BYTES:
+                if not member.isreg() or member.issparse() or member.size > MOST_BYTES:
                     left_out.append(key)
                     continue
                 files = (images if is_image else texts).setdefault(key, {})
@@ -157,7 +165,8 @@ def _scan_shard(folder, name):
                 files[rank] = (member.offset_data, member.size)
                 n_read = min(512, member.size) if is_image else member.size
                 content = os.pread(tar.fileobj.fileno(), n_read, sum(files[rank]) - n_read)
-                checksum = zlib.crc32(f"{member.name} {member.size} ".encode() + content, checksum)
+                label = f"{member.name} {member.size} ".encode("utf-8", "surrogateescape")
+                checksum = zlib.crc32(label + content, checksum)
             # A complete tar ends in zeros; at a cut off header tarfile ends without an error.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
@@ -174,7 +183,7 @@ def _scan_shard(folder, name):
     alone = len(images.keys() ^ texts.keys())
     if left_out:
         warnings.append(f"holds {len(left_out)} pictures or texts that are left out, because their "
-                        f"key has another one, or they are too large ({left_out[0]})")
+                        f"key has another one, or they are links, sparse or huge ({left_out[0]})")
     if alone and is_whole:
         warnings.append(f"holds {alone} pictures or captions that have no partner and are left out")
     rows = []
@@ -192,11 +201,9 @@ def _join_by_first_dot(images, texts):
         folder, _, name = key.rpartition("/")
         groups.setdefault((folder, name.partition(".")[0]), []).append(key)
     for keys in groups.values():
-        pictures = [key for key in keys if key in images]
-        if len(pictures) == 1 and len(keys) > 1:
-            texts[pictures[0]] = {}
-            for key in keys:
-                texts[pictures[0]] |= texts.pop(key) if key != pictures[0] else {}
+        picture, text = sorted(keys, key=texts.__contains__)[:2] if len(keys) == 2 else (None, None)
+        if picture in images and text in texts:  # of several texts none is guessed
+            texts[picture] = texts.pop(text)
 
 
 def _build_index(folder, state):
@@ -221,7 +228,8 @@ def _read_index(path, state):
             rows = np.asarray(np.memmap(file, ROW, "r", file.tell()))  # mapped into memory
     except (OSError, ValueError):
         return None
-    if (header.get("state") != state or "checksums" not in header  # an older version's
+    if (not isinstance(header, dict) or header.get("state") != state
+            or "checksums" not in header  # an older version's
             or len(rows) != sum(header["counts"])):
         return None
     ends = np.cumsum(header["counts"])

@@ -23,7 +23,7 @@ from PIL import Image
 from data import BAD_IMAGE, TEMPLATES, decode, open_picture, upright_size
 from support.demo import draw_demo
 from support.pictures import read_file, read_member
-from support.shards import IMAGE_SUFFIXES, is_hidden
+from support.shards import IMAGE_SUFFIXES, is_hidden, paths_of
 
 ROOT_HINT = "(--root or $MASKCLIP_DATA name another folder)"
 
@@ -112,8 +112,9 @@ def known_name(name):
 
 def homes(name, root):
     """The paths at which the set `name` is looked for: its folders under root, and the path."""
-    folders = protocols().get(known_name(name), {}).get("folders", [name])
-    return list(dict.fromkeys([*(Path(root, folder) for folder in folders), Path(name)]))
+    folders = protocols().get(known_name(name), {}).get("folders", [])
+    return list(dict.fromkeys([*(Path(root, folder) for folder in folders),
+                               *paths_of(name, root)]))
 
 
 def _spelling(text):
@@ -225,9 +226,10 @@ def read_names(home, folders, file=None):
     for line in _lines(file):
         folder, _, names = line.partition("\t")
         words[folder] = [name.strip() for name in names.split(",") if name.strip()]
-    if not all(words.get(folder) for folder in folders):
-        raise ValueError(f"{file} must have a line FOLDER<tab>NAME for each of the class folders "
-                         f"{', '.join(folders[:5])} ...")
+    missing = [folder for folder in folders if not words.get(folder)]
+    if missing:
+        raise ValueError(f"{file} must have a line FOLDER<tab>NAME for each class folder, and has "
+                         f"none for {', '.join(missing[:5])}")
     return [words[folder] for folder in folders]
 
 
@@ -272,6 +274,7 @@ def _lists(names):
 # -> index or folder, pictures, of each a list of the data set's own class numbers, its class names,
 # notes
 
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 CLASS_PARTS = {"test": ["classes/test", "test", "val", "validation", "."],
                "train": ["classes/train", "train"]}
 
@@ -332,6 +335,9 @@ def class_folder(folder):
     folder = Path(folder)
     names = sorted(entry.name for entry in folder.glob("*")
                    if entry.is_dir() and not is_hidden(entry.name))
+    if names and SPLITS.issuperset(map(str.lower, names)):
+        raise ValueError(f"{folder} holds {', '.join(names)}, which are splits and no classes, and "
+                         "no folder of classes where one was looked for")
     others = [path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     files = []
     for name in names:
@@ -354,9 +360,11 @@ def class_folder(folder):
 def picture_files(folder):
     """-> the pictures in a folder and its subfolders, sorted; other files.  None of them is hidden
     """
-    pictures, others = [], []
+    pictures, others, seen = [], [], set()
     for home, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        seen.add(os.path.realpath(home))  # because a link may lead back
+        folders[:] = [name for name in folders if not is_hidden(name)
+                      and os.path.realpath(os.path.join(home, name)) not in seen]
         for name in names:
             if not is_hidden(name):
                 path = Path(home, name)
@@ -397,7 +405,11 @@ def karpathy(folder, split="test"):
     ValueError for another format or a split without pairs.
     """
     folder = Path(folder)
-    files = [*folder.glob("karpathy.json"), *sorted(folder.glob("dataset*.json"))]
+    known = [folder / "karpathy.json", folder / f"dataset_{folder.name}.json"]
+    files = [*filter(Path.is_file, known)] or sorted(folder.glob("dataset*.json"))
+    if len(files) > 1 and files[0] not in known:
+        raise ValueError(f"{folder} holds {', '.join(file.name for file in files)}: call the one "
+                         "that is meant karpathy.json")
     if not files:
         raise FileNotFoundError(f"no karpathy.json or dataset*.json in {folder.resolve()}: it is "
                                 "in Karpathy's format, with its pictures in images/")
@@ -408,8 +420,11 @@ def karpathy(folder, split="test"):
         images = json.loads(files[0].read_bytes())["images"]
         for image in images:
             if image["split"] == split:
-                owners += [len(paths)] * len(image["sentences"])
-                texts += [sentence["raw"] for sentence in image["sentences"]]
+                sentences = [sentence["raw"] for sentence in image["sentences"]]
+                if not sentences or not all(map(str.strip, sentences)):
+                    raise ValueError(f"no sentence, or an empty one, of {image['filename']}")
+                owners += [len(paths)] * len(sentences)
+                texts += sentences
                 paths.append(home / image.get("filepath", "") / image["filename"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{files[0]} is not a Karpathy json ({error!r})") from error

@@ -52,6 +52,11 @@ NAMES = (
     ("out_proj", "proj"), ("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_final", "norm"),
     ("conv1", "patch_embed.proj"), ("class_embedding", "cls_token"),
     ("positional_embedding", "pos_embed"))
+# First parts of the names of what is used, and of buffers.
+PARTS = ("visual", "vision_model", "text_model", "visual_projection", "text_projection",
+         "image_projection", "transformer", "token_embedding", "positional_embedding", "ln_final",
+         "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "attn_mask",
+         "input_resolution")
 TOWER = ("patch_embed.", "cls_token", "token_embedding.", "pos_embed", "norm", "blocks.")
 KEPT = ("visual.", "text.", "image_projection", "text_projection", "logit_scale")
 HEADS = {1280: 16}  # of ViT-H (open_clip, MAE); in all others a head has 64 columns
@@ -185,12 +190,15 @@ def read_weights(path):
             _fold_pixels(weights, view)
             config = _config_of(weights, fields, view, **tokenizer)
             act = "QuickGELU" if config.quick_gelu[0] else "GELU"
-            note = ("the file does not say its activation, and mean and deviation of its pixels: "
-                    f"{act} ('quickgelu' in its name: QuickGELU), {view['mean']} and {view['std']} "
-                    "are taken")
+            note = ("the file does not say its activation, its heads, mean and deviation of its "
+                    f"pixels: {act} ('quickgelu' in its name: QuickGELU), {config.heads}, "
+                    f"{view['mean']} and {view['std']} are taken")
             # OpenAI's and SLIP's are all alike, the other kinds are not.
             is_sure = settings or tensors.keys() & {"input_resolution", "visual.norm.weight"}
             notes = [] if is_sure else [note]
+            unused = {name.partition(".")[0] for name, x in tensors.items() if x.ndim} - set(PARTS)
+            if unused:
+                notes.append(f"left out: {', '.join(sorted(unused)[:8])}")
             wrappers = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
             if len(wrappers) > 1:
                 notes.append(f"of the weights {', '.join(wrappers)} in it, {wrappers[0]} is taken")
@@ -344,11 +352,35 @@ def _config_of(weights, fields, view, tokenizer=None):
 # Of each kind: tensors, settings of a hub -> fields of ModelConfig (None: as the shapes say), and
 # mean, std and interpolation of pixels
 
+def _check(settings, **allowed):
+    """ValueError for a setting that changes features and is not among those that are supported."""
+    for name, values in allowed.items():
+        if settings.get(name, values[0]) not in values:
+            raise ValueError(f"its setting {name}: {settings[name]!r} is not supported, only "
+                             f"{', '.join(map(repr, values))}")
+
+
+def _check_open_clip(settings):
+    towers = settings.get("model_cfg", {})
+    for tower in ("vision_cfg", "text_cfg"):
+        _check(towers.get(tower, {}), norm_kwargs=[None, {}], act_kwargs=[None, {}],
+               final_ln_after_pool=[False], ls_init_value=[None], attentional_pool=[False],
+               no_ln_pre=[False], pos_embed_type=["learnable"], no_causal_mask=[False],
+               embed_cls=[False], proj_bias=[False], timm_pool=["token", ""], hf_model_name=[None])
+    _check(towers.get("vision_cfg", {}), pool_type=["tok"])
+    _check(towers.get("text_cfg", {}), pool_type=["argmax"], proj_type=["linear"])
+    _check(settings.get("preprocess_cfg", {}), resize_mode=["shortest"])
+
+
 def _clip(tensors, settings):
     """OpenAI's CLIP and open_clip's, whose image tower may be timm's."""
+    _check_open_clip(settings)
     towers = settings.get("model_cfg", {})
+    vision = towers.get("vision_cfg", {})
     quick = towers.get("quick_gelu", "input_resolution" in tensors)  # OpenAI's; open_clip: GELU
     fields = dict(quick_gelu=(quick, quick), image_norm_eps=1e-5)
+    if "head_width" in vision:
+        fields["heads"] = vision["width"] // vision["head_width"]
     if "visual.trunk.cls_token" in tensors:
         fields, _ = _timm(tensors, settings)
         fields["quick_gelu"] = (fields["quick_gelu"][0], quick)
@@ -369,10 +401,17 @@ def _hugging_face(tensors, settings):
     """Hugging Face's CLIPModel."""
     vision = settings.get("vision_config", {})
     text = settings.get("text_config", {})
+    for tower in (vision, text):
+        _check(tower, hidden_act=["quick_gelu", "gelu"])
+    _check(text, layer_norm_eps=[1e-5])
+    _check(settings, do_center_crop=[True], do_normalize=[True], do_resize=[True],
+           do_rescale=[True])
     quick = tuple(tower.get("hidden_act", "quick_gelu") == "quick_gelu" for tower in (vision, text))
-    fields = dict(method="clip", quick_gelu=quick, heads=vision.get("num_attention_heads"),
+    # A config.json leaves out what is transformers' default: 12 and 8 heads.
+    fields = dict(method="clip", quick_gelu=quick,
+                  heads=vision.get("num_attention_heads", 12 if vision else None),
                   image_norm_eps=vision.get("layer_norm_eps", 1e-5),
-                  text_heads=text.get("num_attention_heads"))
+                  text_heads=text.get("num_attention_heads", 8 if text else None))
     return fields, dict(mean=settings.get("image_mean", CLIP_MEAN),
                         std=settings.get("image_std", CLIP_STD),
                         interpolation=settings.get("resample"))
@@ -382,6 +421,8 @@ def _timm(tensors, settings):
     """ViTs of timm and MAE: as config.json says, or else its architecture's name."""
     name = settings.get("architecture", "")
     arguments = settings.get("model_args", {})
+    _check(arguments, act_layer=[None, "gelu", "quick_gelu"])
+    _check(settings.get("pretrained_cfg", {}), crop_mode=["center"])
     act = arguments.get("act_layer", "quick_gelu" if "quickgelu" in name else "gelu")
     fields = dict(method="mae" if "mask_token" in tensors else "vit",
                   quick_gelu=(act == "quick_gelu", True), heads=arguments.get("num_heads"),

@@ -140,6 +140,7 @@ def test_dense_on_two_halves(tmp_path):
     (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
     result = evaluate.dense(MODEL, MODEL.tokenizer, tmp_path)
     assert result["scores"] == {"mIoU": 1.0, "pixel accuracy": 1.0}
+    assert "1 of the classes" in result["notes"][0] and "green" in result["notes"][0]
 
 
 def test_templates_and_synonyms(tmp_path):

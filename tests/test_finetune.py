@@ -208,6 +208,16 @@ def test_fine_tuning_on_cuda(world, tmp_path, changes):
 
 # ---------------------------------------------------------------- faults
 
+def test_a_run_does_not_resume_on_other_classes(world, tmp_path):
+    shutil.copytree(world / "classes", tmp_path / "classes")
+    tune(world, tmp_path / "run", data=str(tmp_path / "classes"), steps=1)
+    for split in ("train", "test"):
+        name = min(path.name for path in (tmp_path / "classes" / split).iterdir())
+        (tmp_path / "classes" / split / name).rename(tmp_path / "classes" / split / "zzz")
+    with pytest.raises(ValueError, match="data was different"):
+        tune(world, tmp_path / "run", data=str(tmp_path / "classes"), steps=2)
+
+
 @pytest.mark.parametrize("linear", [None, True])
 def test_a_nan_changes_nothing_and_a_signal_saves(world, tmp_path, monkeypatch, linear):
     mix = finetune.mix

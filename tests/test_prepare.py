@@ -126,7 +126,12 @@ def test_odd_records_are_left_out_and_spare_the_others(tmp_path, packed):
     ("d.tsv", "image\ttitle\nnowhere.jpg\tx\n", "nowhere.jpg"), ("k.pkl", "(lp0", "k.pkl"),
     ("e.csv", 'image,title\n0.jpg,"never closed' + " and on" * 200_000, "limit"),
     ("j.json", '{"images": [], "annotations": [{}]}', "image_id"), ("g.tsv", "", "none"),
-    ("q.csv", 'image,caption\n0.jpg,a\n1.jpg,"b\n2.jpg,c\n', "line 3")])
+    ("q.csv", 'image,caption\n0.jpg,a\n1.jpg,"b\n2.jpg,c\n', "line 3"),
+    ("r.csv", "image,caption,caption\n0.jpg,a,b\n", "twice"),
+    ("s.tsv", "image\tcaption\tcaption\n0.jpg\ta\tb\n", "twice"),
+    ("u.csv", "image,sentence\n0.jpg,a\n", "'sentence'"),
+    ("v.json", '{"annotations": [], "images": [{"id": 1, "file_name": "0.jpg"}, {"id": 1, '
+     '"file_name": "0.jpg"}]}', "one id")])
 def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
     draw_pictures(tmp_path, [0])
     (tmp_path / name).write_text(content)
@@ -140,6 +145,10 @@ def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
     ("a.csv", b"image,caption\n0.jpg,caf\xe9\n1.jpg,caf\xc3\xa9\n", ["café"], "UTF-8"),
     ("a.jsonl", b'{"image": "0.jpg", "caption": "\\ud800"}\n{"image": "1.jpg", "text": "b"}', ["b"],
      "surrogate"),
+    ("a.jsonl", b'{"image": "0.jpg", "captions": ["a", 7]}\n{"image": "1.jpg", "caption": "b"}\n',
+     ["b"], "no text"),
+    ("a.json", json.dumps(dict(images=[dict(id=5, file_name="1.jpg")], annotations=[
+        dict(image_id=5, caption="b"), dict(image_id=6, caption="c")])).encode(), ["b"], ""),
     ("a.tsv", b'image\tcaption\n0.jpg\t"a ""big"" dog"\n1.jpg\t"two" words"\n',
      ['a "big" dog', '"two" words"'], "")])
 def test_rows_that_would_be_changed_are_counted(tmp_path, packed, name, lines, kept, said):
@@ -172,6 +181,42 @@ def test_folders_of_a_known_form(tmp_path, packed, files, kept):
         (tmp_path / "set" / name).write_text(text)
     found, _ = packed(tmp_path / "set")
     assert dict(found) == kept and len(found) == len(kept)
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path, packed, run):
+    """A mask next to a picture, a text without one, a picture without a text."""
+    draw_pictures(tmp_path / "set", range(3))
+    for i in (0, 1, 5):
+        (tmp_path / f"set/{i}.txt").write_text(f"text {i}")
+    (tmp_path / "set/1.png").write_bytes(picture(9, "PNG"))
+    (tmp_path / "set/latest").symlink_to(tmp_path / "set")
+    found, printed = packed(tmp_path / "set")
+    assert found == [(0, ["text 0"])] and "left out 3 records" in printed
+    assert "lies in the folder" in run("pack", tmp_path / "set", "--out", tmp_path / "set/out",
+                                       fails=True)
+    (tmp_path / "set/0.txt").write_text("new text")
+    answer = run("pack", tmp_path / "set", "--out", tmp_path / "packed0", fails=True)
+    assert "another --out" in answer  # the source has changed
+    write_table(tmp_path / "set/captions.csv", [("1.jpg", "a", "")])
+    answer = run("pack", tmp_path / "set", "--out", tmp_path / "new", fails=True)
+    assert "captions.csv" in answer
+
+
+def test_a_pack_that_ended_says_what_it_left_out(tmp_path, run):
+    draw_pictures(tmp_path, [0])
+    table = write_table(tmp_path / "a.csv", [("0.jpg", "a", ""), ("1.jpg", "b", "")])
+    run("pack", table, "--out", tmp_path / "out")
+    assert "before: 1 pairs; left out 1" in run("pack", table, "--out", tmp_path / "out")
+    table = write_table(tmp_path / "b.csv", [("0.jpg", "", "")])
+    for _ in range(2):
+        assert "no pairs" in run("pack", table, "--out", tmp_path / "none", fails=True)
+
+
+def test_pictures_of_one_table_may_lie_in_several_folders(tmp_path, packed):
+    draw_pictures(tmp_path / "images", [1])
+    draw_pictures(tmp_path / "elsewhere", [2])
+    rows = [(str(tmp_path / "elsewhere/2.jpg"), "b", ""), ("1.jpg", "a", "")]
+    assert packed(write_table(tmp_path / "a.csv", rows))[0] == [(2, ["b"]), (1, ["a"])]
 
 
 def test_a_folder_of_another_form_is_described(tmp_path, run):

@@ -19,6 +19,7 @@ from helpers import (ROOT, draw_pairs, finish, log_lines, run_training, same_wei
 
 import data
 import evaluate
+import train
 from support import checkpoints, runtime
 
 STEPS = 24  # 3 epochs of 64 pairs in batches of 8
@@ -249,6 +250,13 @@ def test_a_crash_between_the_names_of_a_checkpoint_spares_the_older_ones(tmp_pat
     assert steps == [1, 1, 2]
 
 
+def test_a_run_whose_last_steps_are_not_finite_does_not_end_well(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.losses, "mlm_loss", lambda logits, *_: logits.sum() * math.nan)
+    with pytest.raises(ValueError, match="step 2 is not saved"):
+        run_training(world / "train", tmp_path, steps=2)
+    assert saved(tmp_path)["step"] == 0
+
+
 # ---------------------------------------------------------------- used folders, damaged files
 
 @slow
@@ -417,9 +425,11 @@ def test_a_streak_of_bad_steps_saves_and_deletes_nothing(tmp_path, capsys):
     good = dict(step=3, in_a_row=torch.tensor(1), model=dict(w=torch.ones(2)))
     assert checkpoints.try_save(tmp_path, good, [], log, must=False)
     for bad in (dict(in_a_row=torch.tensor(2)), dict(model=dict(w=torch.tensor([1, math.nan])))):
-        assert not checkpoints.try_save(tmp_path, good | dict(step=4) | bad, ["epoch-1.pt"], log,
-                                        must=True)
+        state = good | dict(step=4) | bad
+        assert not checkpoints.try_save(tmp_path, state, ["epoch-1.pt"], log, must=False)
         assert "step 4 is not saved" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="step 4 is not saved"):  # a run does not end well so
+            checkpoints.try_save(tmp_path, state, ["epoch-1.pt"], log, must=True)
     assert saved(tmp_path)["step"] == 3 and not (tmp_path / "epoch-1.pt").exists()
     log.close()
 

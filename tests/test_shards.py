@@ -54,6 +54,8 @@ def test_texts_and_json_are_read_and_what_has_no_partner_is_counted(tmp_path):
      [(b"A", "a"), (b"B", "b")], ""),
     ({"a.1.jpg": b"A", "a.1.txt": b"a", "a.2.jpg": b"B", "a.2.txt": b"b"},
      [(b"A", "a"), (b"B", "b")], ""),
+    ({"0.jpg": b"A", "0.alt.txt": b"a", "0.blip.txt": b"b", "1.jpg": b"B", "1.txt": b"b"},
+     [(b"B", "b")], "holds 3 .*partner"),  # none of two texts is guessed
     ({"0.jpg": b"A", "0.txt": b"", "0.json": b'{"caption": "a"}'}, [(b"A", "a")], ""),
     ({"0.jpg": b"A", "0.json": b'{"caption": "a"}', "0.txt": b""}, [(b"A", "a")], ""),
     ({".ipynb_checkpoints/0.jpg": b"x", ".ipynb_checkpoints/0.txt": b"x", "./0.gif": b"A",
@@ -86,7 +88,20 @@ def test_gzip_and_a_huge_member_are_named(tmp_path):
         tar.offset += huge.size
     opened = open_all(tmp_path)
     assert len(opened) == 2 and "decompress" in opened.warnings[0]
-    assert "too large" in opened.warnings[1]
+    assert "huge" in opened.warnings[1]
+
+
+def test_links_and_names_that_are_not_utf_8(tmp_path):
+    write_shard(tmp_path / "0.tar", members(range(1)))
+    with tarfile.open(tmp_path / "1.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members(range(1)):
+            shards.add_member(tar, name, content)
+            link = tarfile.TarInfo(name.replace("0", "1"))
+            link.type, link.linkname = tarfile.LNKTYPE, name
+            tar.addfile(link)
+            shards.add_member(tar, "caf\udce9" + name, content)
+    opened = open_all(tmp_path)
+    assert len(opened) == 3 and "holds 2 " in opened.warnings[0]
 
 
 def test_a_full_disk_is_named_by_what_it_refuses(tmp_path):
@@ -159,7 +174,7 @@ def test_the_index_is_kept_until_a_shard_changes_or_it_is_damaged(tmp_path):
     assert numbers_of(open_all(tmp_path)) == changed
     assert open_all(tmp_path).fingerprint != first.fingerprint
     complete = index.read_bytes()
-    for spoilt in (b"", complete[:5], complete[:-9], b"{}\n"):
+    for spoilt in (b"", complete[:5], complete[:-9], b"{}\n", b"[]\n", b"12\n"):
         index.write_bytes(spoilt)
         assert numbers_of(open_all(tmp_path)) == changed
         assert index.read_bytes() == complete

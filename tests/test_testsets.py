@@ -236,6 +236,26 @@ def test_hidden_and_other_files_are_no_classes_and_no_pictures(tmp_path):
     assert len(tests.notes) == 1 and "3 files in" in tests.notes[0]
 
 
+def test_splits_are_no_classes_and_links_that_lead_back_are_left(tmp_path):
+    class_folders(tmp_path / "a/train", ["cat", "dog"])
+    (tmp_path / "a/test").mkdir()
+    (tmp_path / "a/test/1.png").write_bytes(picture_bytes())
+    with pytest.raises(ValueError, match="test, train, which are splits"):
+        test_set(tmp_path / "a")
+    class_folders(tmp_path / "b", ["cat", "dog"])
+    (tmp_path / "b/cat/again").symlink_to(tmp_path / "b/cat")
+    (tmp_path / "b/cat/up").symlink_to(tmp_path / "b")
+    assert len(testsets.picture_files(tmp_path / "b/cat")[0]) == 2  # b/cat, and b/dog by up
+
+
+def test_what_looks_like_a_path_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "mine", ["here"])
+    class_folders(tmp_path / "data/mine", ["there"])
+    assert test_set("mine", "data").names == [["there"]]
+    assert test_set("./mine", "data").names == [["here"]]
+
+
 def test_names_that_cannot_be_told_apart_or_are_not_given(tmp_path):
     class_folders(tmp_path / "mine", ["0", "1"])
     (tmp_path / "mine/words.txt").write_text("0\tcrane\n1\tcrane\n")
@@ -341,6 +361,13 @@ def test_karpathy_s_files_as_they_are_called(name, extra, folder, tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match=file.name):
             karpathy(tmp_path)
+    for sentences in ([], [dict(raw=" ")]):
+        file.write_text(json.dumps(dict(images=[images[0], images[0] | dict(sentences=sentences)])))
+        with pytest.raises(ValueError, match="no sentence"):
+            karpathy(tmp_path)
+    (tmp_path / "dataset_other.json").touch()
+    with pytest.raises(ValueError, match="dataset_other.json.*karpathy.json"):
+        karpathy(tmp_path)
 
 
 def labelled(home, images, labels, count=2, value=1):

@@ -289,6 +289,41 @@ def test_weights_in_several_parts(tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("part,key,value", [
+    ("vision_cfg", "pool_type", "avg"), ("text_cfg", "no_causal_mask", True),
+    ("text_cfg", "pool_type", "last"), ("vision_cfg", "norm_kwargs", dict(eps=1e-6))])
+def test_settings_of_open_clip_that_would_give_other_features(tmp_path, part, key, value):
+    torch.save(small_clip().state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    towers = dict(quick_gelu=True, vision_cfg=dict(width=128, head_width=32), text_cfg={})
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(json.dumps(dict(model_cfg=towers)))
+    assert read_weights(tmp_path)["config"].heads == 4
+    towers[part] = {key: value}
+    file.write_text(json.dumps(dict(model_cfg=towers)))
+    with pytest.raises(ValueError, match=f"{key}.*not supported"):
+        read_weights(tmp_path)
+    squash = dict(model_cfg={}, preprocess_cfg=dict(resize_mode="squash"))
+    file.write_text(json.dumps(squash))
+    with pytest.raises(ValueError, match="resize_mode"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("file,settings,key", [
+    ("config.json", dict(model_args=dict(act_layer="relu")), "act_layer"),
+    ("config.json", dict(pretrained_cfg=dict(crop_mode="squash")), "crop_mode")])
+def test_settings_of_timm_that_would_give_other_features(tmp_path, file, settings, key):
+    torch.save(VIT, tmp_path / "pytorch_model.bin")
+    (tmp_path / file).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"{key}.*not supported"):
+        read_weights(tmp_path)
+
+
+def test_tensors_that_are_not_used_are_named(tmp_path):
+    torch.save(VIT | {"adapter.fc.weight": torch.ones(2, 2)}, tmp_path / "vit.pt")
+    assert "left out: adapter" in " ".join(read_weights(tmp_path / "vit.pt")["notes"])
+
+
+@pytest.mark.peers
 def test_the_name_of_a_file_can_say_quickgelu(tmp_path):
     theirs = small_clip()
     for name, quick in (("ViT-X.pt", False), ("ViT-X-quickgelu.pt", True)):

@@ -51,6 +51,9 @@ def pack(names, root, out, size=0, shard_size=10_000, classes=False):
     if size < 0 or shard_size < 1:
         raise ValueError("--size must be 0 or more, and --shard-size 1 or more")
     records, fingerprint, warnings = readers.open_sources(names, root, classes)
+    if any(Path(name).is_dir() and Path(name).resolve() in out.resolve().parents
+           and not find_shards(name) for name in names):
+        raise ValueError(f"{out} lies in the folder that is packed: give another --out")
     settings = dict(source=fingerprint, size=size, shard_size=shard_size, done=False)
     out.mkdir(parents=True, exist_ok=True)
     for line in warnings:
@@ -64,9 +67,13 @@ def _write_shards(records, out, settings):
     file = out / "pack.json"
     packed = json.loads(file.read_bytes()) if file.is_file() else {}
     is_empty = all(is_hidden(path.name) for path in out.iterdir())
-    if not is_empty and packed | dict(done=False) != settings:
+    if not is_empty and packed | settings != packed | dict(done=False):
         raise ValueError(f"{out} is not empty, and it was not packed from this source with these "
                          "options: give another --out")
+    if packed.get("shards") == len(find_shards(out)):
+        print(f"{out}: packed from this source before: {packed['pairs']:,} pairs; left out "
+              f"{packed['left_out']:,} records; delete the folder to pack it again")
+        return
     with atomic_write(file) as marker:
         marker.write(json.dumps(settings).encode())
     for path in out.glob("*.partial-*"):  # of a run that was killed
@@ -83,8 +90,9 @@ def _write_shards(records, out, settings):
         n_bad += len(bad)
     if not n_pairs and not n_kept:
         raise ValueError(f"no pairs to pack; {n_bad:,} records were left out")
+    facts = dict(done=True, shards=len(find_shards(out)), pairs=n_pairs, left_out=n_bad)
     with atomic_write(file) as marker:
-        marker.write(json.dumps(settings | dict(done=True)).encode())
+        marker.write(json.dumps(settings | facts).encode())
     print(f"{out}: packed {n_pairs:,} pairs; kept {n_kept:,} shards of an earlier run; "
           f"left out {n_bad:,} records")
 
@@ -119,6 +127,8 @@ def _pack_shard(size, task):
             key = f"{path.stem}{i:05d}"
             add_member(tar, f"{key}.{suffix}", content)
             add_member(tar, f"{key}.{kind}", text)
+    if len(bad) == len(records):
+        path.unlink()  # an empty shard would be kept by the next run
     return len(records) - len(bad), bad
 
 

@@ -13,6 +13,7 @@ import pickle
 import re
 import unicodedata
 import zipfile
+from fnmatch import fnmatch
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -22,7 +23,9 @@ import numpy as np
 import data
 from support import shards, testsets
 from support.pictures import read_file, read_member
+from support.shards import IMAGE_SUFFIXES
 
+FORMS = ("NFC", "NFD")  # Unicode's: é as one character and as two
 IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
 
 
@@ -34,14 +37,17 @@ def open_sources(names, root, classes=False):
     """
     if classes and len(names) > 1:
         raise ValueError("--classes takes one folder of class folders at a time")
-    path = Path(root, names[0]) if Path(root, names[0]).exists() else Path(names[0])
+    paths = [path for path in shards.paths_of(names[0], root) if path.exists()]
+    path = paths[0] if paths else Path(names[0])
     if classes:
         return _open_classes(path)
     if len(names) == 1 and path.is_file() and path.suffix.lower() in ROWS:
         return _open_table(path)
-    if len(names) == 1 and path.is_dir() and not any(
-            map(shards.find_shards, (path, path / "train"))):
-        return _open_folder(path)
+    if len(names) == 1 and path.is_dir():
+        if not any(map(shards.find_shards, (path, path / "train"))):
+            return _open_folder(path)
+        if _tables(path):
+            raise ValueError(f"{path} holds shards and {_tables(path)[0].name}: name one of them")
     try:
         pairs = data.Pairs(names, root)
     except ValueError as error:
@@ -57,6 +63,9 @@ def _open_classes(folder):
     A class has a caption for each of its names in words.txt and each line of templates.txt.
     """
     paths, labels, names, warnings = testsets.class_folder(folder)
+    has_ids = all(re.fullmatch(r"n\d{8}", name) for name in names)
+    if has_ids and not (folder / "words.txt").is_file():
+        raise ValueError(f"{folder} has WordNet ids for classes: write words.txt, FOLDER<tab>NAME")
     templates = testsets.templates_of(folder)
     captions = [[template.replace("{}", name) for name in synonyms for template in templates]
                 for synonyms in testsets.read_names(folder, names)]  # of each class
@@ -64,7 +73,7 @@ def _open_classes(folder):
     order = np.random.default_rng(0).permutation(len(paths))
     rows = (dict(image=images[i], captions=captions[labels[i]]) for i in order)
     fingerprint = hashlib.sha1(repr((images, captions)).encode()).hexdigest()[:16]
-    return _records(folder, folder, rows), fingerprint, warnings
+    return _records(folder, [folder], rows), fingerprint, warnings
 
 
 def _open_folder(folder):
@@ -73,31 +82,47 @@ def _open_folder(folder):
     Classes are not guessed.  Raises ValueError that says what was seen.
     """
     pictures, others = testsets.picture_files(folder)
-    texts = {path.with_suffix("") for path in others if path.suffix in (".txt", ".json")}
-    n_pairs = sum(path.with_suffix("") in texts for path in pictures)
-    if n_pairs:
-        files = [(str(path), os.path.getsize(path)) for path in pictures]
-        records = ((str(path), partial(_load_files, path)) for path in pictures)
-        return records, hashlib.sha1(repr(files).encode()).hexdigest()[:16], []
+    files_of = {}  # of each key its pictures and texts, those that count first
+    texts = [path for path in others if path.suffix in (".txt", ".json")]
+    for number, paths in enumerate((pictures, texts)):
+        for path in paths:
+            files_of.setdefault(path.with_suffix(""), ([], []))[number].append(path)
     others = [path for path in others if path.parent in (folder, folder / "annotations")]
-    tables = [path for path in others if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".token")
-              or path.name == "captions.txt" or path.match("captions_*.json")]
-    if len(tables) == 1:
+    tables = _tables(folder)
+    if any(all(files) for files in files_of.values()) and not tables:
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                 for files in files_of.values() for path in sum(files, []) if path.exists()]
+        records = ((str(key), partial(_load_files, *files)) for key, files in files_of.items()
+                   if files[0] or not str(key).endswith("_stats"))  # img2dataset's
+        return records, hashlib.sha1(repr(stats).encode()).hexdigest()[:16], []
+    if len(tables) == 1 and not any(all(files) for files in files_of.values()):
         return _open_table(tables[0])
     homes = ", ".join(sorted({str(path.parent.relative_to(folder)) for path in pictures})[:5])
     seen = ", ".join(str(path.relative_to(folder)) for path in others[:5]) or "no other file"
     raise ValueError(f"{folder} has {len(pictures):,} pictures{f' in {homes}' if homes else ''}, "
-                     f"none of which has a KEY.txt or KEY.json next to it, and {seen}: name its "
-                     f"table ({', '.join(ROWS)}), or add --classes if its folders are classes")
+                     f"and {seen}; pictures with KEY.txt or KEY.json next to them, or one table, "
+                     f"are read: name its table ({', '.join(ROWS)}), or add --classes if its "
+                     "folders are classes")
 
 
-def _load_files(picture):
+def _tables(folder):
+    """The tables in a folder or its annotations/, by their names."""
+    names = ("*.csv", "*.tsv", "*.jsonl", "*.token", "captions.txt", "captions_*.json")
+    paths = [path for home in (folder, folder / "annotations") if home.is_dir()
+             for path in sorted(home.iterdir()) if not shards.is_hidden(path.name)]
+    return [path for path in paths if any(fnmatch(path.name.lower(), name) for name in names)]
+
+
+def _load_files(pictures, texts):
     """-> bytes of a picture, the captions in KEY.txt or else KEY.json next to it"""
-    for text in (picture.with_suffix(".txt"), picture.with_suffix(".json")):
-        if text.is_file() and (text.suffix == ".json" or text.stat().st_size):
+    pictures = sorted(pictures, key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower()))
+    if len(pictures) != 1:
+        raise ValueError(f"{len(pictures)} pictures with this name")
+    for text in sorted(texts, reverse=True):  # .txt before .json
+        if text.suffix == ".json" or text.stat().st_size:
             captions = shards.parse_captions(text.read_bytes(), text.suffix == ".json")
-            return read_file(picture), captions
-    raise FileNotFoundError(f"no text in {picture.stem}.txt or .json next to it")
+            return read_file(pictures[0]), captions
+    raise FileNotFoundError("no text in KEY.txt or KEY.json next to it")
 
 
 def _open_table(path):
@@ -113,28 +138,30 @@ def _open_table(path):
     homes = [folder / part for folder in (path.parent, path.parent.parent)
              for part in ("", "images", "Images", "flickr30k-images", split)]
     files = [re.sub(r"\.zip/.*", ".zip", _image_of(row)) for row in first]
-    if not any(files):
+    if not any(files) or not any(field in row for row in first for field in
+                                 (None, "captions", *shards.TEXT_FIELDS)):
         columns = ", ".join(map(repr, first[0])) if first else "none"
         raise ValueError(f"{path}: a column of pictures ({', '.join(IMAGE_FIELDS)}) and one of "
                          f"captions ({', '.join(shards.TEXT_FIELDS)}) are needed, and it has "
                          f"{columns[:200]} (a .csv with tabs is a .tsv)")
-    homes = [home for home in homes if any(os.path.isfile(home / file) for file in files)]
-    if not homes:
+    found = [home for home in homes if any(os.path.isfile(home / file) for file in files)]
+    if not found:
         raise FileNotFoundError(f"{path}: none of the first pictures that its records name in "
                                 f"{', '.join(IMAGE_FIELDS)} exists ({', '.join(files[:2])})")
     fingerprint = hashlib.sha1(np.memmap(path, mode="r")).hexdigest()[:16]
-    return _records(path, homes[0], chain(first, rows)), fingerprint, []
+    homes = list(dict.fromkeys([*found, *homes]))  # where most are is looked into first
+    return _records(path, homes, chain(first, rows)), fingerprint, []
 
 
 # ---------------------------------------------------------------- a record
 
-def _records(source, home, rows):
-    """The record of each row.  home: of the pictures."""
+def _records(source, homes, rows):
+    """The record of each row.  homes: folders in which pictures are looked for."""
     for number, row in enumerate(rows, 1):
-        yield f"{source}, record {number}", partial(_load, row, home)
+        yield f"{source}, record {number}", partial(_load, row, homes)
 
 
-def _load(row, home):
+def _load(row, homes):
     """-> bytes of a row's picture, its captions"""
     if None in row:
         raise ValueError(row[None])
@@ -145,13 +172,15 @@ def _load(row, home):
     if any("\udc80" <= char <= "\udcff" for caption in captions for char in caption):
         raise ValueError("its caption is not UTF-8")  # these are bytes that could not be decoded
     archive, inside, member = image.partition(".zip/")
+    name = f"{archive}.zip" if inside else image
+    # macOS writes é as two characters, so that a table may spell a file's name in another way.
+    spellings = dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in FORMS)])
+    paths = [Path(home, spelling) for home in homes for spelling in spellings]
+    path = next(filter(Path.exists, paths), paths[0])
     if not inside:
-        # macOS writes é as two characters, so that a table may spell a file's name in another way.
-        spellings = [Path(home, unicodedata.normalize(form, image)) for form in ("NFC", "NFD")]
-        paths = [path for path in (Path(home, image), *spellings) if path.exists()]
-        return read_file(paths[0] if paths else Path(home, image)), captions
+        return read_file(path), captions
     try:
-        return read_member(_open_zip(Path(home, f"{archive}.zip")), member), captions
+        return read_member(_open_zip(path), member), captions
     except (KeyError, zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: encrypted
         raise OSError(f"cannot read {image}: {error}") from error
 
@@ -198,6 +227,7 @@ def _csv_rows(path):
     """Raises ValueError for a quote that is not closed: it takes all lines up to the next quote."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.DictReader(file, strict=True)
+        _check_columns(rows.fieldnames or [])
         line = 1
         try:
             for row in rows:
@@ -216,11 +246,17 @@ def _tsv_rows(path):
     with open(path, newline="\n", encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = (line.rstrip("\r\n").split("\t") for line in file)
         columns = next(lines, [])
+        _check_columns(columns)
         for cells in filter(any, lines):
             cells = [cell[1:-1].replace('""', '"') if PANDAS.fullmatch(cell) else cell
                      for cell in cells]
             row = dict(zip(columns, cells))
             yield row if len(cells) <= len(columns) else {None: TOO_MANY}
+
+
+def _check_columns(columns):
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"its first line has a name twice: {', '.join(map(str, columns))}")
 
 
 PANDAS = re.compile(r'"[^"]*(""[^"]*)+"')
@@ -265,11 +301,13 @@ def _jsonl_rows(path):
 def _coco_rows(path):
     content = json.loads(path.read_bytes())
     captions = {}
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    if len(names) < len(content["images"]):
+        raise ValueError("two pictures have one id")
     for annotation in content["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    for image in content["images"]:
-        if image["id"] in captions:
-            yield dict(image=image["file_name"], captions=captions[image["id"]])
+    for key in [*names, *(captions.keys() - names.keys())]:
+        yield dict(image=names.get(key, ""), captions=captions.get(key, []))
 
 
 def _slip_rows(path):
