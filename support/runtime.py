@@ -7,6 +7,7 @@ import ctypes
 import datetime
 import fcntl
 import gc
+import io
 import json
 import math
 import os
@@ -320,7 +321,8 @@ def sentence_of(error):
 
 def run_program(name, function):
     """Call function(); what a user can mend becomes one sentence and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be in its encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be in its encoding
     status = 1
     label = f"{name}: rank {os.environ['RANK']}" if "RANK" in os.environ else name
     try:

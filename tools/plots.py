@@ -199,7 +199,8 @@ def curves(logs):
         n_panels += 1
     height = top + 180 * math.ceil(n_panels / 3)
     return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
-                      f'font-size="12" width="1140" viewBox="0 0 1140 {height}">', *out, "</svg>"])
+                      f'font-size="12" width="1140" viewBox="0 0 1140 {height}">'
+                      '<rect width="100%" height="100%" fill="white"/>', *out, "</svg>"])
 
 
 def pictures_of(folder, config, root):
