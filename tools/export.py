@@ -8,7 +8,6 @@ timm's names are also those of MAE and of ViTDet.
 """
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -174,7 +173,7 @@ FORMATS = dict(timm=to_timm, hf=to_hugging_face, open_clip=to_open_clip)
 def export(checkpoint, name, out):
     """Write a checkpoint as the new folder `out`; ValueError or OSError if that cannot be."""
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError:
         raise ValueError("exports need the package safetensors: pip install safetensors") from None
     out = Path(out)
@@ -185,14 +184,11 @@ def export(checkpoint, name, out):
         raise ValueError(f"{checkpoint} has no text tower: use --format timm")
     files = FORMATS[name](model, tokenizer, out)
     out.mkdir(parents=True)
-    umask = os.umask(0)
-    os.umask(umask)
     for file, content in files.items():
         if file.endswith(".safetensors"):
             weights = {key: x.detach().clone(memory_format=torch.contiguous_format)
                        for key, x in content.items()}
-            save_file(weights, out / file, {"format": "pt"})
-            (out / file).chmod(0o666 & ~umask)  # it is the owner's alone otherwise
+            (out / file).write_bytes(save(weights, {"format": "pt"}))  # save_file's is mode 600
             continue
         text = content if isinstance(content, str) else json.dumps(content, indent=2)
         (out / file).write_text(text, "utf-8")
