@@ -472,10 +472,13 @@ def main():
     parser.add_argument("--names", metavar="FILE",
                         help="lines FOLDER<tab>NAME, for class folders of your own")
     args = parser.parse_args()
-    if args.names and not args.zeroshot:
-        parser.error("--names is for --zeroshot")
     if not (args.zeroshot or args.retrieval or args.linear or args.dense):
         parser.error("nothing to do: give --zeroshot, --retrieval, --linear or --dense")
+    for flag, is_used in (("names", args.zeroshot), ("synonyms", args.zeroshot),
+                          ("split", args.retrieval),
+                          ("templates", "imagenet" in map(testsets.known_name, args.zeroshot))):
+        if getattr(args, flag) != parser.get_default(flag) and not is_used:
+            parser.error(f"--{flag} has no effect on what is asked for")
     run_program("evaluate.py", lambda: run(args))
 
 

@@ -381,7 +381,10 @@ def test_what_fails_does_not_stop_the_rest(tiny, tmp_path, monkeypatch, capsys):
     (["--dense", "empty"], "empty"), (["--zeroshot", "ids"], "WordNet"),
     (["--zeroshot", "empty", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
     (["--zeroshot", "empty", "--checkpoint", "vision.pt"], "text encoder"),
-    (["--templates", "7"], "nothing to do")])
+    (["--templates", "7"], "nothing to do"),
+    (["--zeroshot", "ids", "--templates", "7"], "no effect"),
+    (["--zeroshot", "ids", "--split", "val"], "no effect"),
+    (["--linear", "ids", "--names", "x"], "no effect")])
 def test_one_sentence_says_what_is_wrong(words, why, tiny, tmp_path, monkeypatch, capsys):
     save(*tiny, tmp_path / "runs/one/last.pt")
     save(models.build(replace(tiny[0].config, method="simclr")), tiny[1], tmp_path / "vision.pt")
