@@ -23,7 +23,6 @@ import numpy as np
 import data
 from support import shards, testsets
 from support.pictures import read_file, read_member
-from support.shards import IMAGE_SUFFIXES
 
 FORMS = ("NFC", "NFD")  # Unicode's: é as one character and as two
 IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
@@ -82,21 +81,22 @@ def _open_folder(folder):
     Classes are not guessed.  Raises ValueError that says what was seen.
     """
     pictures, others = testsets.picture_files(folder)
-    files_of = {}  # of each key its pictures and texts, those that count first
-    texts = [path for path in others if path.suffix in (".txt", ".json")]
+    texts = [path for path in others if path.suffix in (".txt", ".json")
+             and not path.stem.endswith("_stats")]  # img2dataset's
+    files_of = {}  # key -> its pictures, its texts
     for number, paths in enumerate((pictures, texts)):
         for path in paths:
             files_of.setdefault(path.with_suffix(""), ([], []))[number].append(path)
-    others = [path for path in others if path.parent in (folder, folder / "annotations")]
+    has_pairs = any(all(files) for files in files_of.values())
     tables = _tables(folder)
-    if any(all(files) for files in files_of.values()) and not tables:
+    if has_pairs and not tables:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-                 for files in files_of.values() for path in sum(files, []) if path.exists()]
-        records = ((str(key), partial(_load_files, *files)) for key, files in files_of.items()
-                   if files[0] or not str(key).endswith("_stats"))  # img2dataset's
+                 for path in (*pictures, *texts) if path.exists()]
+        records = ((str(key), partial(_load_files, *files)) for key, files in files_of.items())
         return records, hashlib.sha1(repr(stats).encode()).hexdigest()[:16], []
-    if len(tables) == 1 and not any(all(files) for files in files_of.values()):
+    if len(tables) == 1 and not has_pairs:
         return _open_table(tables[0])
+    others = [path for path in others if path.parent in (folder, folder / "annotations")]
     homes = ", ".join(sorted({str(path.parent.relative_to(folder)) for path in pictures})[:5])
     seen = ", ".join(str(path.relative_to(folder)) for path in others[:5]) or "no other file"
     raise ValueError(f"{folder} has {len(pictures):,} pictures{f' in {homes}' if homes else ''}, "
@@ -115,7 +115,6 @@ def _tables(folder):
 
 def _load_files(pictures, texts):
     """-> bytes of a picture, the captions in KEY.txt or else KEY.json next to it"""
-    pictures = sorted(pictures, key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower()))
     if len(pictures) != 1:
         raise ValueError(f"{len(pictures)} pictures with this name")
     for text in sorted(texts, reverse=True):  # .txt before .json
@@ -138,8 +137,8 @@ def _open_table(path):
     homes = [folder / part for folder in (path.parent, path.parent.parent)
              for part in ("", "images", "Images", "flickr30k-images", split)]
     files = [re.sub(r"\.zip/.*", ".zip", _image_of(row)) for row in first]
-    if not any(files) or not any(field in row for row in first for field in
-                                 (None, "captions", *shards.TEXT_FIELDS)):
+    fields = {field for row in first for field in row}
+    if not any(files) or fields.isdisjoint((None, *shards.TEXT_FIELDS)):
         columns = ", ".join(map(repr, first[0])) if first else "none"
         raise ValueError(f"{path}: a column of pictures ({', '.join(IMAGE_FIELDS)}) and one of "
                          f"captions ({', '.join(shards.TEXT_FIELDS)}) are needed, and it has "
