@@ -275,9 +275,10 @@ def try_save(out, state, names, log, must):
     """Write the log's lines, then the checkpoint.  -> whether it is saved
 
     A full disk is a warning, or an error if it `must` succeed.  Nothing is saved, and so no older
-    checkpoint deleted, while step after step is not finite; one alone is usual in fp16.
+    checkpoint deleted, while step after step is not finite.
     """
-    if state["in_a_row"] > 1 or not all(x.isfinite().all() for x in state["model"].values()):
+    usual = 9 if state["scaler"] else 1  # fp16 halves its scale until the gradient is finite
+    if state["in_a_row"] > usual or not all(x.isfinite().all() for x in state["model"].values()):
         sentence = (f"step {state['step']} is not saved, because the last losses or gradients, or "
                     "a weight, are not finite")
         if must:

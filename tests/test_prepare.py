@@ -376,7 +376,7 @@ def test_pack_resizes_and_keeps_bytes_and_resumes(tmp_path, run):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_pack_that_is_stopped_resumes(tmp_path, run, number):
     large = picture_bytes("red", (1200, 1200))  # a small file, and some 20 ms to resize
-    write_shard(tmp_path / "in/0.tar", members(range(160), "png", large))
+    write_shard(tmp_path / "in/0.tar", members(range(320), "png", large))
     out = tmp_path / "out"
     command = ("pack", tmp_path / "in", "--out", out, "--size", 20, "--shard-size", 4)
     process = start("tools/prepare.py", *command, start_new_session=True)
@@ -389,7 +389,7 @@ def test_a_pack_that_is_stopped_resumes(tmp_path, run, number):
     assert "resumes" in data.Pairs([str(out)]).warnings[0]
     times = {path: path.stat().st_mtime_ns for path in shards.find_shards(out)}
     run(*command)
-    assert len(contents(out)) == 160 and not list(out.glob("*partial*"))
+    assert len(contents(out)) == 320 and not list(out.glob("*partial*"))
     assert all(path.stat().st_mtime_ns == changed for path, changed in times.items())
 
 

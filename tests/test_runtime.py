@@ -195,7 +195,7 @@ def test_a_log_on_a_full_disk_waits_and_no_checkpoint_goes_ahead_of_it(tmp_path)
         log.write(dict(step=step, lr=0.5))
     with pytest.raises(OSError):
         log.flush(to_disk=True)
-    state = dict(step=5, in_a_row=0, model={})
+    state = dict(step=5, in_a_row=0, scaler={}, model={})
     assert not checkpoints.try_save(tmp_path, state, [], log, must=False)
     assert not (tmp_path / "last.pt").exists()
     disk.room = 10 ** 6
@@ -429,7 +429,7 @@ def test_a_log_without_its_checkpoint_is_not_cut(world, tmp_path):
 
 def test_a_streak_of_bad_steps_saves_and_deletes_nothing(tmp_path, capsys):
     log = runtime.Log(tmp_path)
-    good = dict(step=3, in_a_row=torch.tensor(1), model=dict(w=torch.ones(2)))
+    good = dict(step=3, in_a_row=torch.tensor(1), scaler={}, model=dict(w=torch.ones(2)))
     assert checkpoints.try_save(tmp_path, good, [], log, must=False)
     for bad in (dict(in_a_row=torch.tensor(2)), dict(model=dict(w=torch.tensor([1, math.nan])))):
         state = good | dict(step=4) | bad
