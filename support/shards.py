@@ -58,6 +58,8 @@ def in_parallel(function, items):
             try:
                 yield results.next(timeout=1.0)
             except StopIteration:
+                pool.close()  # terminate() would signal a process that is still starting
+                pool.join()
                 return
             except multiprocessing.TimeoutError as error:  # a lost item would be awaited forever
                 if any(process.exitcode for process in processes):
