@@ -208,9 +208,9 @@ def test_a_step_in_parts_equals_the_whole(shards, tmp_path, method):
         [two[term] for term in TERMS[method]], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", [
-    ["maskclip"], pytest.param([name for name in METHODS if name != "maskclip"],
-                               marks=pytest.mark.slow)])
+    ["maskclip"], [name for name in METHODS if name != "maskclip"]])
 def test_two_ranks_have_the_gradients_of_one(shards, tmp_path, methods):
     """Under DDP, and in parts; DDP averages in the last backward pass alone."""
     runs = [dict(shards=str(shards), out=f"{tmp_path}/{method}-{size}", method=method,
@@ -244,7 +244,9 @@ def test_grad_checkpointing_gives_the_same_steps_from_less_memory(shards, tmp_pa
 
 # ---------------------------------------------------------------- runs
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [
+    name if name in ("clip", "maskclip", "mae") else pytest.param(name, marks=pytest.mark.slow)
+    for name in METHODS])
 def test_every_method_trains_logs_and_loads(shards, tmp_path, method):
     log = run_training(shards, tmp_path, method=method, epochs=2)
     assert [line["step"] for line in log] == list(range(1, 17)) and log[-1]["epoch"] == 2
@@ -562,6 +564,7 @@ def test_bad_input_is_one_sentence(shards, tmp_path, arguments, word, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_shell_sees_the_sentence_and_the_status():
     code, out, err = finish(start("train.py", "--method", "clop"))
     assert code == 1 and out == "" and err.startswith("train.py: error:") and err.count("\n") == 1
