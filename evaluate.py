@@ -308,8 +308,8 @@ def dense(model, tokenizer, tests):
     absent = [name for name, n in zip(tests.names, confusion.sum(1)) if not n]
     notes = list(tests.notes)
     if absent:
-        notes.append(f"{len(absent)} of the classes are in no label picture, which count them from "
-                     f"1: {', '.join(absent[:3])}")
+        notes.append(f"{len(absent)} of the classes are in no label picture (1 is the first class)"
+                     f": {', '.join(absent[:3])}")
     return dict(scores=segmentation_scores(confusion), notes=notes,
                 chance=1 / (2 * classes - 1),   # IoU of a guess at random: 1/C^2 / (2/C - 1/C^2)
                 over=f"{len(features):,} pictures, {classes} classes",

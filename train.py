@@ -133,7 +133,7 @@ def make_config(given):
     choices = dict(method=models.METHODS, model=models.PRESETS, mask=("block", "random"))
     check_ranges(config, choices, [
         (0, 10 ** 6, ("micro_batch", "codewords", "vocab_size", "depth", "keep")),
-        (2 - (config.method == "mae"), math.inf, ("batch_size",)),  # one pair has no other pair
+        (1 if config.method == "mae" else 2, math.inf, ("batch_size",)),  # others compare pairs
         (0, math.inf, ("distill_weight", "mlm_weight")),
         (0, 1, ("ema_start", "ema_end", "mlm_ratio")), (0.01, 0.99, ("mask_ratio",))])
     if "text" not in models.METHODS[config.method].needs:

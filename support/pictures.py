@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
              Image.DecompressionBombError, Image.DecompressionBombWarning)
 MOST_BYTES = 2 ** 28    # our choice: of a picture file; a member of a zip may claim any size
-LONGEST = 200           # our choice: sides of a picture; those of a panorama differ by 10
+LONGEST = 200           # our choice: longer side over shorter one; a panorama has 10
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")  # others start programs (EPS), or print
 UPRIGHT = {  # what undoes each of EXIF's orientations; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,

@@ -203,9 +203,10 @@ def _join_by_first_dot(images, texts):
         folder, _, name = key.rpartition("/")
         groups.setdefault((folder, name.partition(".")[0]), []).append(key)
     for keys in groups.values():
-        picture, text = sorted(keys, key=texts.__contains__)[:2] if len(keys) == 2 else (None, None)
-        if picture in images and text in texts:  # of several texts none is guessed
-            texts[picture] = texts.pop(text)
+        pictures = [key for key in keys if key in images]
+        if len(keys) == 2 and len(pictures) == 1:  # of several texts none is guessed
+            keys.remove(pictures[0])
+            texts[pictures[0]] = texts.pop(keys[0])
 
 
 def _build_index(folder, state):

@@ -358,8 +358,7 @@ def class_folder(folder):
 
 
 def picture_files(folder):
-    """-> the pictures in a folder and its subfolders, sorted; other files.  None of them is hidden
-    """
+    """-> pictures of a folder and its subfolders, sorted; other files; hidden ones are neither"""
     pictures, others, seen = [], [], set()
     for home, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(home))  # because a link may lead back

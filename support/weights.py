@@ -52,11 +52,6 @@ NAMES = (
     ("out_proj", "proj"), ("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_final", "norm"),
     ("conv1", "patch_embed.proj"), ("class_embedding", "cls_token"),
     ("positional_embedding", "pos_embed"))
-# First parts of the names of what is used, and of buffers.
-PARTS = ("visual", "vision_model", "text_model", "visual_projection", "text_projection",
-         "image_projection", "transformer", "token_embedding", "positional_embedding", "ln_final",
-         "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "norm_pre", "attn_mask",
-         "input_resolution")
 TOWER = ("patch_embed.", "cls_token", "token_embedding.", "pos_embed", "norm", "blocks.")
 KEPT = ("visual.", "text.", "image_projection", "text_projection", "logit_scale")
 HEADS = {1280: 16}  # of ViT-H (open_clip, MAE); in all others a head has 64 columns
@@ -72,8 +67,8 @@ def weights_file(path):
     for name in FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path} is a folder without {', '.join(FILES)}: of a run name a file, "
-                            f"{path}/last.pt")
+    raise FileNotFoundError(f"{path} is a folder without {', '.join(FILES)}: name a file in "
+                            "it, such as last.pt")
 
 
 def _read_file(path):
@@ -91,12 +86,12 @@ def _read_file(path):
         if not zipfile.is_zipfile(file):
             return load_state(file, path), sha256
         try:
-            check_archive(file)
             with zipfile.ZipFile(file) as archive:
                 for folder in zipfile.Path(archive).iterdir():
                     if (folder / "constants.pkl").is_file():  # torch.save writes none
+                        check_archive(file)  # load_state does it for the others
                         tensors = dict(_script_tensors(_ScriptReader(folder).load()))
-                        return {"input_resolution": torch.empty(0)} | tensors, sha256  # OpenAI's
+                        return {"input_resolution": torch.tensor(0)} | tensors, sha256  # OpenAI's
         except DAMAGED as error:
             raise ValueError(f"{path} is no checkpoint, is damaged, or would run code "
                              f"({sentence_of(error)})") from error
@@ -169,10 +164,9 @@ def read_weights(path):
 
     -> {"model": {name: tensor}, "config": ModelConfig, "notes": [str], "sha256": of the file}, and
     "tokenizer", merges as "left right", if the file or its folder holds them.  config.method names
-    the kind:
-    "slip", "simclr", "mae" and "vit" come without heads and decoders.  If pixels are normalised in
-    another way than ours, that is folded into the patch embedding.  Raises FileNotFoundError, or
-    ValueError for all else.
+    the kind: "slip", "simclr", "mae" and "vit" come without heads and decoders.  If pixels are
+    normalised in another way than ours, that is folded into the patch embedding.  Raises
+    FileNotFoundError, or ValueError for all else.
     """
     file = weights_file(path)
     state, sha256 = _read_file(file)
@@ -186,7 +180,7 @@ def read_weights(path):
             if "quickgelu" in file.name.lower():  # as open_clip's names say it
                 settings.setdefault("model_cfg", dict(quick_gelu=True))
             fields, view = facts_of[0](tensors, settings)
-            weights = _rename(tensors)
+            weights, left_out = _rename(tensors)
             _fold_pixels(weights, view)
             config = _config_of(weights, fields, view, **tokenizer)
             act = "QuickGELU" if config.quick_gelu[0] else "GELU"
@@ -196,9 +190,8 @@ def read_weights(path):
             # OpenAI's and SLIP's are all alike, the other kinds are not.
             is_sure = settings or tensors.keys() & {"input_resolution", "visual.norm.weight"}
             notes = [] if is_sure else [note]
-            unused = {name.partition(".")[0] for name, x in tensors.items() if x.ndim} - set(PARTS)
-            if unused:
-                notes.append(f"left out: {', '.join(sorted(unused)[:8])}")
+            if left_out:
+                notes.append(f"left out: {', '.join(left_out[:8])}")
             wrappers = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
             if len(wrappers) > 1:
                 notes.append(f"of the weights {', '.join(wrappers)} in it, {wrappers[0]} is taken")
@@ -282,24 +275,33 @@ def _hub_settings(file):
 
 
 def _rename(state):
-    """{their name: tensor} -> {our name: float32 tensor}, without heads, decoders and buffers"""
+    """{their name: tensor} -> {our name: float32 tensor}, first parts of names that are left out
+
+    These are heads and decoders; of buffers and single numbers none is named.
+    """
     # Text towers of CLIP, and image towers of timm, have no prefix.
     prefix = "text." if "text_projection" in state else "visual."
     weights = {}
+    left_out = set()
     for name, x in state.items():
+        part = name.partition(".")[0]
         for theirs, ours in NAMES:
             name = name.replace(theirs, ours)
         if name.startswith(TOWER):
             name = prefix + name
-        if name.startswith(KEPT) and not name.endswith(("position_ids", "attn_mask")):
+        if name.endswith(("position_ids", "attn_mask")):
+            continue
+        if name.startswith(KEPT):
             weights[name] = x.float()
+        elif x.ndim:
+            left_out.add(part)
     for name in list(weights):
         if ".q_proj." in name:
             parts = [weights.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
             weights[name.replace("q_proj", "qkv")] = torch.cat(parts)
         elif name in ("image_projection", "text_projection"):
             weights[f"{name}.weight"] = weights.pop(name).T
-    return weights
+    return weights, sorted(left_out)
 
 
 def _fold_pixels(weights, view):

@@ -142,7 +142,9 @@ def test_wrong_tables_are_one_sentence(tmp_path, run, name, content, word):
 @pytest.mark.parametrize("name,lines,kept,said", [
     ("a.csv", b'image,caption\n0.jpg,a dog, a cat\n1.jpg,"b, c"\n', ["b, c"], "more cells"),
     ("a.tsv", b"image\tcaption\n0.jpg\ta\tb\n1.jpg\tc\n", ["c"], "more cells"),
-    ("a.csv", b"image,caption\n0.jpg,caf\xe9\n1.jpg,caf\xc3\xa9\n", ["café"], "UTF-8"),
+    ("a.csv", b"image,caption\n0.jpg,caf\xe9\n1.jpg,caf\xc3\xa9\n", ["café"], "utf-8"),
+    ("a.jsonl", b'{"image": "0.jpg", "captions": ["a", "\\ud800"]}\n'
+     b'{"image": "1.jpg", "caption": "b"}\n', ["b"], "surrogate"),
     ("a.jsonl", b'{"image": "0.jpg", "caption": "\\ud800"}\n{"image": "1.jpg", "text": "b"}', ["b"],
      "surrogate"),
     ("a.jsonl", b'{"image": "0.jpg", "captions": ["a", 7]}\n{"image": "1.jpg", "caption": "b"}\n',

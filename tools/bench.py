@@ -320,12 +320,9 @@ def parts():
                         "one by one": one_by_one})
 
 
-def plain_attention(q, k, v, mask=None, causal=False):
-    """model.attention as matrix products, which PyTorch's FlopCounterMode counts."""
-    scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+def plain_attention(q, k, v, key_mask=None, causal=False):
+    """The matrix products of model.attention, which PyTorch's FlopCounterMode counts; no masks."""
+    return (q @ k.mT).softmax(-1) @ v
 
 
 def step_parts(config, batch):
@@ -577,10 +574,10 @@ def gpu():
         tell("evaluation, CPU and GPU", largest_difference=float((here - there).abs().max()))
     with tempfile.TemporaryDirectory() as folder:
         curves = {name: demo_losses(folder, name, n_demo) for name in ("fp32", "bf16")}
-    ends = {name: float(losses[-n_demo // 10:].mean()) for name, losses in curves.items()}
+    ends = {name: float(curve[-n_demo // 10:].mean()) for name, curve in curves.items()}
     gap = float(np.abs(curves["bf16"] - curves["fp32"]).mean())
     tell("demo, contrastive loss", steps=n_demo, **ends, mean_gap=round(gap, 4))
-    print("\n| | " + " | ".join(["figures"]) + " |\n|---|---|")
+    print("\n| | figures |\n|---|---|")
     for figure, values in rows:
         print(f"| {figure} | {', '.join(f'{name} {x}' for name, x in values.items())} |")
 

@@ -64,10 +64,12 @@ def pack(names, root, out, size=0, shard_size=10_000, classes=False):
 
 
 def _write_shards(records, out, settings):
+    """The shards that OUT lacks, and pack.json, which says of what they are."""
     file = out / "pack.json"
     packed = json.loads(file.read_bytes()) if file.is_file() else {}
     is_empty = all(is_hidden(path.name) for path in out.iterdir())
-    if not is_empty and packed | settings != packed | dict(done=False):
+    is_same = all(packed.get(name) == settings[name] for name in ("source", "size", "shard_size"))
+    if not is_empty and not is_same:
         raise ValueError(f"{out} is not empty, and it was not packed from this source with these "
                          "options: give another --out")
     if packed.get("shards") == len(find_shards(out)):
@@ -116,10 +118,11 @@ def _pack_shard(size, task):
         for i, (name, load) in enumerate(records):
             try:
                 content, captions = load()
-                text, kind = json.dumps(dict(captions=captions)), "json"
-                if len(captions) == 1:
-                    text, kind = captions[0], "txt"
-                text = text.encode()  # ValueError for half of a surrogate pair
+                kind = "txt" if len(captions) == 1 else "json"
+                text = captions[0]
+                if kind == "json":
+                    text = json.dumps(dict(captions=captions), ensure_ascii=False)
+                text = text.encode()  # ValueError for what was not UTF-8, half of a surrogate pair
                 content, suffix = _packed_picture(content, size)
             except BAD_IMAGE as error:
                 bad.append(f"{name}: {sentence_of(error)}")

@@ -24,8 +24,10 @@ import data
 from support import shards, testsets
 from support.pictures import read_file, read_member
 
-FORMS = ("NFC", "NFD")  # Unicode's: é as one character and as two
 IMAGE_FIELDS = ("image", "filepath", "file_name", "filename", "path")
+# A row whose None holds a sentence cannot be used; pack counts and names it.
+TOO_MANY = "it has more cells than the table's first line: quote a text that has the separator"
+PANDAS = re.compile(r'"[^"]*(""[^"]*)+"')  # a cell in quotes, in which quotes are doubled
 
 
 def open_sources(names, root, classes=False):
@@ -168,12 +170,10 @@ def _load(row, homes):
     if not image:
         raise FileNotFoundError(f"it names no picture ({', '.join(IMAGE_FIELDS)})")
     captions = shards.captions_of(row)
-    if any("\udc80" <= char <= "\udcff" for caption in captions for char in caption):
-        raise ValueError("its caption is not UTF-8")  # these are bytes that could not be decoded
     archive, inside, member = image.partition(".zip/")
     name = f"{archive}.zip" if inside else image
-    # macOS writes é as two characters, so that a table may spell a file's name in another way.
-    spellings = dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in FORMS)])
+    # macOS writes é as two characters (NFD), so a table may spell a file's name in another way.
+    spellings = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
     paths = [Path(home, spelling) for home in homes for spelling in spellings]
     path = next(filter(Path.exists, paths), paths[0])
     if not inside:
@@ -217,11 +217,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
 # ---------------------------------------------------------------- rows: a function per format
 
-# A row whose None holds a sentence cannot be used; pack counts and names it.
-
-TOO_MANY = "it has more cells than the table's first line: quote a text that has the separator"
-
-
 def _csv_rows(path):
     """Raises ValueError for a quote that is not closed: it takes all lines up to the next quote."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -256,9 +251,6 @@ def _tsv_rows(path):
 def _check_columns(columns):
     if len(set(columns)) < len(columns):
         raise ValueError(f"its first line has a name twice: {', '.join(map(str, columns))}")
-
-
-PANDAS = re.compile(r'"[^"]*(""[^"]*)+"')
 
 
 def _caption_rows(path):
