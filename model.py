@@ -45,7 +45,7 @@ class ModelConfig:
     text_depth: int = 12                # paper
     text_heads: int = 8                 # paper
     text_decoder_depth: int = 4         # paper
-    codewords: int = 8192               # iBOT; the paper does not say
+    codewords: int = 2048               # our choice: 2 % of CLIP's arithmetic (iBOT has 8,192)
     mae_decoder_depth: int = 8          # MAE, for method "mae" alone; the others: ONE block (paper)
     ssl_hidden: int = 4096              # SLIP's MLP head, 4096-4096-256
     ssl_dim: int = 256

@@ -1,5 +1,7 @@
 """The benchmarks measure a real step and count real bytes (tools/bench.py)."""
 import time
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +49,18 @@ def test_a_step_is_timed_in_the_training_loop_itself(config, monkeypatch):
     seconds = bench.step_seconds(bench.train_on, config, bench.make_tokenizer(), warm=1, n=1)
     assert len(ends) == 2
     assert 0 < seconds < 2 * (ends[1] - ends[0]) + 1
+
+
+def test_waits_are_counted_between_the_lines_of_the_log(config, monkeypatch):
+    modes = []
+
+    def waiting(*_):
+        if modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    monkeypatch.setattr(bench, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(train.models, "ema_update", waiting)
+    assert bench.waits(replace(config, epochs=9)) == 2 and modes[-1] == "default"
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -298,7 +299,8 @@ def parts():
     model = models.build(models.ModelConfig()).to(DEVICE)  # ViT-B/16, MaskCLIP
     teacher = models.Teacher(model)
     q = torch.randn(size, 12, 197, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    student = torch.randn(size * 147, 8192, device=DEVICE, dtype=kind, requires_grad=True)
+    student = torch.randn(size * 147, model.config.codewords, device=DEVICE, dtype=kind,
+                          requires_grad=True)
     target = torch.randn_like(student, requires_grad=False)
 
     def both_ways(function, leaf):
@@ -516,6 +518,22 @@ def largest_step(run, config, sizes):
     return dict(batch=0, pictures_per_s=0.0, gib=0.0)
 
 
+def waits(config):
+    """How often the CPU waits for the GPU in two steps between two lines of the log."""
+    set_mode = torch.cuda.set_sync_debug_mode if CUDA else lambda mode: None
+    batch = next(iter(open_loader(config, make_tokenizer(), 1)))
+
+    def batches():
+        for number in range(4):
+            set_mode("warn" if number > 1 else "default")
+            yield dict(batch)
+        set_mode("default")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_on(config, batches())
+    return sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+
+
 def demo_losses(folder, precision, n):
     """The contrastive loss of each step of a demo run."""
     out = Path(folder, precision)
@@ -566,6 +584,7 @@ def gpu():
         for n_parts in (2, 8):
             config = replace(configs["maskclip"], micro_batch=sizes[1] // n_parts)
             tell(f"maskclip, {n_parts} parts", **largest_step(train_on, config, sizes[1:2]))
+        tell("waits for the GPU in two steps", **{name: waits(configs[name]) for name in configs})
         network = models.build(replace(models.PRESETS[model], method="clip")).eval()
         pictures = torch.randint(256, (64, *[network.config.image_size] * 2, 3), dtype=torch.uint8)
         with torch.no_grad():
