@@ -342,11 +342,14 @@ def run_program(name, function):
         except OSError:  # what could not be printed must not change the exit status
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for a killed loader
-        for worker in torch.multiprocessing.active_children():
+        workers = torch.multiprocessing.active_children()
+        for worker in workers:
             worker.kill()  # the loader's processes ignore SIGTERM
         if dist.is_initialized() and status == 0:
             gc.collect()  # DDP holds the group; gloo's threads must end before the interpreter does
             dist.destroy_process_group()
-    if dist.is_initialized():
-        os._exit(status)  # the end of the group would wait for ranks that may be gone
+    if dist.is_initialized() or workers:
+        # The end of the group would wait for ranks that may be gone, and the end of a loader for a
+        # lock that its process may have held when it was killed.
+        os._exit(status)
     sys.exit(status)

@@ -686,3 +686,20 @@ def test_slurms_way_without_torchrun(world, tmp_path):
         process.send_signal(signal.SIGUSR1)
     ends = [finish(process) for process in processes]
     assert [code for code, _, _ in ends] == [0, 0] and "stopped after step" in ends[0][1], ends
+
+
+def test_a_program_does_not_wait_for_a_loader_whose_process_it_killed(capsys, monkeypatch):
+    statuses = []
+
+    def fail():
+        batches = iter(torch.utils.data.DataLoader(range(99), num_workers=1,
+                                                   worker_init_fn=data.ignore_signals))
+        next(batches)
+        cycle = [batches]
+        cycle.append(cycle)  # so that the loader outlives the error
+        raise ValueError("word")
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    with pytest.raises(SystemExit):
+        runtime.run_program("program", fail)
+    assert "error: word" in capsys.readouterr().err
+    assert statuses == [1]
