@@ -518,7 +518,7 @@ def ema_update(teacher, student, momentum, finite=None):
     share = 1 - momentum
     if finite is not None:  # a tensor, because reading `finite` would make the CPU wait for the GPU
         share = [torch.where(finite, share, 0.0)] * len(new)
-    # One call for all parameters: one by one takes several times as long (tools/bench.py).
+    # One call for all parameters: one by one takes several times as long (docs/speed.md).
     torch._foreach_lerp_(list(teacher.parameters()), new, share)
 
 

@@ -294,35 +294,6 @@ def scaling(batch_size=512, width=512):
         print(f"  {world_size} ranks {live.peak / 2 ** 20:6.0f} MiB")
 
 
-def parts():
-    """Single decisions in a step of ViT-B/16: each as it is, over what else could be there."""
-    size, kind = (256, torch.bfloat16) if CUDA else (8, torch.float32)
-    model = models.build(models.ModelConfig()).to(DEVICE)  # ViT-B/16, MaskCLIP
-    teacher = models.Teacher(model)
-    q = torch.randn(size, 12, 197, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    student = torch.randn(size * 147, model.config.codewords, device=DEVICE, dtype=kind,
-                          requires_grad=True)
-    target = torch.randn_like(student, requires_grad=False)
-
-    def both_ways(function, leaf):
-        return lambda: torch.autograd.grad(function().float().mean(), leaf)
-    @torch.no_grad()
-    def one_by_one():
-        for name, p in teacher.named_parameters():
-            p.lerp_(model.get_parameter(name), 0.001)
-
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-        compare("distillation loss", {
-            "ours": both_ways(lambda: losses.distillation_loss(student, target, 0.0), student),
-            "PyTorch's cross-entropy": both_ways(lambda: F.cross_entropy(
-                student.float() / 0.1, (target.float() / 0.04).softmax(-1)), student)})
-        compare("attention to 197 tokens in bf16", {
-            "ours": both_ways(lambda: models.attention(q, q, q), q),
-            "PyTorch's": both_ways(lambda: F.scaled_dot_product_attention(q, q, q), q)})
-        compare("EMA", {"in one call": lambda: models.ema_update(teacher, model, 0.999),
-                        "one by one": one_by_one})
-
-
 def plain_attention(q, k, v, key_mask=None, causal=False):
     """The matrix products of model.attention, which PyTorch's FlopCounterMode counts; no masks."""
     return (q @ k.mT).softmax(-1) @ v
@@ -491,7 +462,8 @@ def evaluation():
     files = list(photos(340, 256))
     load = functools.partial(evaluate.load_batch, view=evaluate.evaluation_view(model.config))
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{i}.jpg") for i in range(2048)]
+        # Fewer than 2,000, so that encode_images has one loader process too.
+        paths = [Path(folder, f"{i}.jpg") for i in range(1920)]
         for i, path in enumerate(paths):
             path.write_bytes(files[i % len(files)])
         compare(f"{len(paths)} JPEGs of 340 x 256", {
@@ -610,7 +582,8 @@ def gpu():
         for n_parts in (2, 8):
             config = replace(configs["maskclip"], micro_batch=sizes[1] // n_parts)
             tell(f"maskclip, {n_parts} parts", **largest_step(train_on, config, sizes[1:2]))
-        tell("waits for the GPU in two steps", **{name: waits(configs[name]) for name in configs})
+        counts = {name: waits(config) for name, config in configs.items()}
+        tell("waits for the GPU in two steps", **counts)
         network = models.build(replace(models.PRESETS[model], method="clip")).eval()
         pictures = torch.randint(256, (64, *[network.config.image_size] * 2, 3), dtype=torch.uint8)
         with torch.no_grad():
@@ -628,7 +601,7 @@ def gpu():
 
 
 BENCHES = dict(steps=steps, compiled=functools.partial(steps, compile=True), memory=memory,
-               scaling=scaling, parts=parts, profile=profile, data=loader, tokenizer=words,
+               scaling=scaling, profile=profile, data=loader, tokenizer=words,
                start=start, evaluation=evaluation, gpu=gpu)
 
 
