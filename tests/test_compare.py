@@ -57,15 +57,16 @@ def test_means_over_seeds_and_the_standard_error_of_differences(tmp_path):
     save_run(tmp_path / "z", {"linear imagenet": {"accuracy": 0.9}}, "mae", [])  # one: no error
     rows, notes = table(tmp_path)
     assert rows[0] == ["", "seeds", "memory", "time", "linear imagenet accuracy",
-                       "retrieval set i2t R@1", "retrieval set t2i R@1"]
-    assert rows[1] == ["clip", "3", "1.00x", "1.00x", per_cent(CLIP), "-", "-"]
+                       "retrieval set i2t R@1", "retrieval set t2i R@1", "retrieval set rSum"]
+    assert rows[1] == ["clip", "3", "1.00x", "1.00x", per_cent(CLIP), "-", "-", "-"]
     error = math.sqrt(variance(OURS) / 3 + variance(CLIP) / 3)
     gap = f"({100 * (mean(OURS) - mean(CLIP)):+.1f} ± {100 * error:.1f})"
     memory = (2 + 2.5 + 3.5) / 3
     assert rows[2] == ["maskclip", "3", f"{5 / memory:.2f}x", "4.00x", f"{per_cent(OURS)} {gap}",
-                       per_cent([x / 2 for x in OURS]), per_cent([x / 4 for x in OURS])]
+                       per_cent([x / 2 for x in OURS]), per_cent([x / 4 for x in OURS]),
+                       per_cent([0.9 + 0.75 * x for x in OURS])]
     assert rows[3][1:5] == ["1", "-", "-", "90.0"]
-    assert rows[5] == ["paper: maskclip", "", "19 GB", "1.75x", "73.7", "-", "-"]
+    assert rows[5] == ["paper: maskclip", "", "19 GB", "1.75x", "73.7", "-", "-", "-"]
     assert rows[6][:5] == ["paper: mae", "", "-", "-", "56.2"] and "standard error" in notes
 
 

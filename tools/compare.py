@@ -62,11 +62,14 @@ def settings_and_numbers(folder):
         numbers["time"] = 1 / median(record["pictures_per_s"] for record in log)
     for record in results:
         protocol = {name: x for name, x in record["protocol"].items() if name not in NO_PROTOCOL}
-        # The main score is the first one; of retrieval, R@1 of both directions.
-        names = [name for name in record["scores"] if name.endswith("R@1")]
-        for name in names or list(record["scores"])[:1]:
-            column = record["task"], name, json.dumps(protocol, sort_keys=True)
-            numbers[column] = record["scores"][name]
+        # The main score is the first one; of retrieval, R@1 of both directions and rSum.
+        scores = record["scores"]
+        names = list(scores)[:1]
+        if record["task"].startswith("retrieval"):
+            names = ["i2t R@1", "t2i R@1", "rSum"]
+            scores = scores | dict(rSum=sum(scores.values()))
+        for name in names:
+            numbers[record["task"], name, json.dumps(protocol, sort_keys=True)] = scores[name]
     return settings, numbers
 
 
@@ -85,7 +88,8 @@ def compare(folders):
     columns = dict.fromkeys(name for _, numbers in runs for name in numbers
                             if isinstance(name, tuple))
     notes = ["a score: mean ± standard deviation over the runs (n - 1), and in brackets that less "
-             "CLIP's ± its standard error, sqrt(s1^2 / n1 + s2^2 / n2)"]
+             "CLIP's ± its standard error, sqrt(s1^2 / n1 + s2^2 / n2); rSum: the sum of R@1, 5 and "
+             "10 both ways"]
     if not columns:
         notes = ["no run is evaluated yet: evaluate.py --checkpoint RUN/last.pt ... does it"]
     if not clip:
