@@ -88,8 +88,8 @@ def compare(folders):
     columns = dict.fromkeys(name for _, numbers in runs for name in numbers
                             if isinstance(name, tuple))
     notes = ["a score: mean ± standard deviation over the runs (n - 1), and in brackets that less "
-             "CLIP's ± its standard error, sqrt(s1^2 / n1 + s2^2 / n2); rSum: the sum of R@1, 5 and "
-             "10 both ways"]
+             "CLIP's ± its standard error, sqrt(s1^2 / n1 + s2^2 / n2); rSum: the sum of R@1, 5 "
+             "and 10 both ways"]
     if not columns:
         notes = ["no run is evaluated yet: evaluate.py --checkpoint RUN/last.pt ... does it"]
     if not clip:
