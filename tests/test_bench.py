@@ -51,18 +51,6 @@ def test_a_step_is_timed_in_the_training_loop_itself(config, monkeypatch):
     assert 0 < seconds < 2 * (ends[1] - ends[0]) + 1
 
 
-def test_the_parts_of_a_step_do_its_arithmetic(config, monkeypatch):
-    def flops(function):
-        with bench.FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
-    monkeypatch.setattr(train.models, "attention", bench.plain_attention)
-    batch = next(iter(bench.open_loader(config, bench.make_tokenizer(), 1)))
-    parts = sum(flops(part) for part in bench.step_parts(config, batch).values())
-    whole = flops(lambda: bench.train_on(config, iter([batch])))
-    assert 0.999 * whole < parts < whole  # projections and similarities are no part
-
-
 def test_waits_are_counted_between_the_lines_of_the_log(config, monkeypatch):
     modes = []
 

@@ -336,6 +336,7 @@ def test_only_old_checkpoints_and_those_of_a_run_taken_back_are_deleted(tmp_path
     assert names == ["best.pt", "epoch-2-good.pt", "epoch-2.pt", "epoch-3.pt"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_is_no_checkpoint_is_one_sentence_with_its_name(tmp_path):
     """Empty, zeros, text, noise, and a true one that was cut or has noise in it."""

@@ -124,6 +124,7 @@ def elevater(home, labels, names, index="test.txt"):
                                                   categories=categories)))
 
 
+@pytest.mark.slow
 def test_each_set_is_the_same_in_both_layouts(tmp_path):
     for name, facts in SETS.items():
         names = spoken(name)

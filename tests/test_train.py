@@ -231,6 +231,7 @@ def test_parts_of_a_batch_hold_their_own_masked_words():
     assert [part["mlm_ids"].tolist() for part in parts] == [[1, 5], [0, 4]]
 
 
+@pytest.mark.slow
 def test_grad_checkpointing_gives_the_same_steps_from_less_memory(shards, tmp_path):
     def run(name, **changes):
         kept = []
@@ -288,6 +289,7 @@ def test_four_steps_are_two_and_two_bit_for_bit(shards, tmp_path):
     assert len(one["made_by"]) == 1 and len(two["made_by"]) == 2  # the code of each start
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_the_commit_of_the_start_not_of_the_save(shards, tmp_path, monkeypatch):
     versions = iter(["first", "later", "later"])
     monkeypatch.setattr(evaluate, "provenance", lambda: dict(commit=next(versions)))
@@ -536,6 +538,7 @@ def test_bad_pairs_are_counted_and_named_and_too_many_end_the_run(tmp_path):
     assert log[-1]["bad"] > 5
 
 
+@pytest.mark.slow
 def test_what_stands_next_to_train_does_not_fail_a_trained_run(shards, tmp_path, capsys):
     for part in ("train", "val"):
         shutil.copytree(shards, tmp_path / part)

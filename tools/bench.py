@@ -7,7 +7,7 @@
 What is compared takes turns, so that a busy machine slows all alike.  A ratio is the median of the
 rounds' ratios, with the least and the greatest; below 1 is faster.  open_clip has a row if it is
 installed (tests/peers.txt).  Captions have the lengths of CC3M's, pictures the spectrum of photos.
-`tokenizer` and `evaluation` download CLIP's vocabulary, unless $CLIP_VOCAB names it.
+`tokenizer` downloads CLIP's vocabulary, unless $CLIP_VOCAB names it.
 """
 import argparse
 import contextlib
@@ -17,7 +17,6 @@ import importlib.util
 import io
 import json
 import re
-import resource
 import subprocess
 import sys
 import tarfile
@@ -39,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import evaluate
 import losses
 import model as models
 import train
@@ -294,105 +292,7 @@ def scaling(batch_size=512, width=512):
         print(f"  {world_size} ranks {live.peak / 2 ** 20:6.0f} MiB")
 
 
-def plain_attention(q, k, v, key_mask=None, causal=False):
-    """The matrix products of model.attention, which PyTorch's FlopCounterMode counts; no masks."""
-    return (q @ k.mT).softmax(-1) @ v
-
-
-def step_parts(config, batch):
-    """The parts of one MaskCLIP step on this batch, forward and backward.  -> {name: function}"""
-    model = models.build(replace(models.PRESETS[config.model], method="maskclip",
-                                 vocab_size=len(make_tokenizer()))).to(DEVICE)
-    teacher = models.Teacher(model)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.1), fused=True)
-    batch = train.to_device({name: x for name, x in batch.items() if name != "bad"}, DEVICE)
-    images, keep, hide = batch["images"], batch["ids_keep"], batch["ids_hide"]
-    amp = torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA)
-
-    def leaf(x):
-        return x.detach().requires_grad_()
-
-    def both(function, *inputs):
-        """A call, and backward from a sum of its first output."""
-        def call():
-            with amp:
-                out = function(*inputs)
-            (out[0] if isinstance(out, tuple) else out).float().sum().backward()
-        return call
-
-    with torch.no_grad(), amp:
-        f = model.visual(images, keep)
-        g = model.image_decoder(f, keep, hide)
-        full = teacher.visual(images)
-        hidden = full[:, 1:].gather(1, hide[..., None].expand(-1, -1, full.size(-1)))
-        words = model.text(batch["mlm_tokens"])
-        masked = model.text_decoder(words, batch["mlm_tokens"] != 0, batch["mlm_ids"])
-        student_logits, teacher_logits = model.codewords(g), teacher.codewords(hidden)
-    embedding = model.text.token_embedding.weight
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-
-    def teacher_tower():
-        with torch.no_grad(), amp:
-            teacher.visual(images)
-
-    def teacher_head():
-        with torch.no_grad(), amp:
-            teacher.codewords(hidden)
-    return {
-        "student, full image": both(lambda: model.visual(images, rows=slice(1))),
-        "student, visible patches": both(lambda: model.visual(images, keep)),
-        "image decoder": both(model.image_decoder, leaf(f), keep, hide),
-        "codewords, student": both(model.codewords, leaf(g)),
-        "teacher, full image": teacher_tower,
-        "codewords, teacher": teacher_head,
-        "distillation loss": both(losses.distillation_loss, leaf(student_logits.flatten(0, 1)),
-                                  teacher_logits.flatten(0, 1), teacher.center),
-        "text": both(lambda: model.text(batch["tokens"])),
-        "masked text": both(lambda: model.text(batch["mlm_tokens"])),
-        "text decoder": both(model.text_decoder, leaf(words), batch["mlm_tokens"] != 0,
-                             batch["mlm_ids"]),
-        "vocabulary head": both(lambda x: F.linear(x, embedding), leaf(masked)),
-        "optimiser": optimizer.step,
-        "EMA": lambda: models.ema_update(teacher, model, 0.999)}
-
-
-def profile(rounds=5, model="vit_b16"):
-    """Where a MaskCLIP step's time goes, and its arithmetic: shares of the parts, each alone."""
-    batch_size = 256 if CUDA else 8
-    with pairs_folder(list(photos(340, 256)), batch_size) as folder:
-        config = bench_config(folder, "maskclip", batch_size, model=model)
-        batch = next(iter(open_loader(config, make_tokenizer(), 1)))
-        parts = step_parts(config, batch)
-        seconds = {name: [] for name in parts}
-        flops = {}
-        for name, part in parts.items():
-            with mock.patch.object(models, "attention", plain_attention), \
-                    FlopCounterMode(display=False) as counter:
-                part()
-            flops[name] = counter.get_total_flops()
-        for _ in range(rounds):
-            for name, part in parts.items():
-                start = now()
-                part()
-                seconds[name].append(now() - start)
-        whole = step_seconds(train_on, config, make_tokenizer())
-        start = time.perf_counter()
-        for _ in open_loader(config, make_tokenizer(), 4):
-            pass
-        loading = (time.perf_counter() - start) / 4
-    seconds = {name: float(np.median(times)) for name, times in seconds.items()}
-    total, operations = sum(seconds.values()), sum(flops.values())
-    print(f"parts of a MaskCLIP step of {model}, {DEVICE_NAME}, batch {batch_size}: their sum is "
-          f"{total / whole:.2f} of the whole step; {operations / batch_size / 1e9:.0f} GFLOP a "
-          f"pair; one loader process takes {loading / whole:.1%} of a step for its batch")
-    for name in parts:
-        share, counted = seconds[name] / total, flops[name] / operations
-        ratio = f"{share / counted:.2f}" if counted > 0.001 else "-"
-        print(f"  {name:<26} {share:6.1%} of the time, {counted:6.1%} of the arithmetic, {ratio}")
-
-
-# ---------------------------------------------------------------- data, start, evaluation
+# ---------------------------------------------------------------- data, start
 
 def loader(n=1536):
     """One loader process, over one process in which Pillow decodes, crops and resizes."""
@@ -448,37 +348,6 @@ def start():
             "one step of the demo": lambda: python("train.py", "--steps", "1", "--root", folder,
                                                    "--out", tempfile.mkdtemp(dir=folder)),
             "import torch": lambda: python("-c", "import torch")}, rounds=3)
-
-
-def evaluation():
-    """ImageNet's prompts in ViT-B/16's text tower; pictures, by the loader; a million captions."""
-    prompts = [f"a photo of a {name}" for name in testsets.protocols()["imagenet"]["classes"]]
-    model = models.build(replace(models.PRESETS["vit_b16"], method="clip")).to(DEVICE).eval()
-    tokenizer, padding = Tokenizer.clip(), PaddingTokenizer(Tokenizer.clip().merges)
-    compare(f"{len(prompts)} prompts", {
-        "as long as they are": lambda: evaluate.encode_texts(model, tokenizer, prompts),
-        "padded to 77 tokens": lambda: evaluate.encode_texts(model, padding, prompts)}, rounds=3)
-
-    files = list(photos(340, 256))
-    load = functools.partial(evaluate.load_batch, view=evaluate.evaluation_view(model.config))
-    with tempfile.TemporaryDirectory() as folder:
-        # Fewer than 2,000, so that encode_images has one loader process too.
-        paths = [Path(folder, f"{i}.jpg") for i in range(1920)]
-        for i, path in enumerate(paths):
-            path.write_bytes(files[i % len(files)])
-        compare(f"{len(paths)} JPEGs of 340 x 256", {
-            "encode_images, no model": lambda: evaluate.encode_images(lambda x: x[:, 0, 0], paths,
-                                                                      model),
-            "one loader process": lambda: list(torch.utils.data.DataLoader(
-                paths, 32, num_workers=1, collate_fn=lambda part: load(part)[:, 0, 0]))}, rounds=3)
-
-    images = F.normalize(torch.randn(10_000, 64), dim=1)
-    texts = F.normalize(torch.randn(1_000_000, 64), dim=1)
-    start = now()
-    evaluate.recall_of_features(images, texts, torch.arange(len(texts)) % len(images))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(f"retrieval, 10,000 pictures, 1,000,000 captions: {now() - start:.0f} s, the process at "
-          f"most {peak:.1f} GiB")
 
 
 # ---------------------------------------------------------------- one GPU, in nine minutes
@@ -601,8 +470,7 @@ def gpu():
 
 
 BENCHES = dict(steps=steps, compiled=functools.partial(steps, compile=True), memory=memory,
-               scaling=scaling, profile=profile, data=loader, tokenizer=words,
-               start=start, evaluation=evaluation, gpu=gpu)
+               scaling=scaling, data=loader, tokenizer=words, start=start, gpu=gpu)
 
 
 def main():
