@@ -1,5 +1,6 @@
 """The house itself: which room imports which, how large they are, the loop in one place."""
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_the_arrows_are_those_of_the_design():
     for room, file in rooms().items():
         ours = set(imports_of(ast.parse(file.read_text()))) & set(ARROWS)
         assert ours <= set(ARROWS[room]), (room, ours - set(ARROWS[room]))
+
+
+def test_nothing_else_is_at_the_top_level():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    top = {name.split("/")[0] for name in run.stdout.splitlines() if not name.startswith(".")}
+    files = {f"{room}.py" for room in CORE} | {"README.md", "LICENSE", "requirements.txt"}
+    assert top == files | {"pytest.ini", "ruff.toml", "docs", "downstream", "support", "tests",
+                           "tools"}
 
 
 def test_the_sizes_are_those_of_an_evening():
