@@ -43,20 +43,25 @@ GOLDEN = json.loads((ROOT / "tests/golden.json").read_text())
 
 
 def same_machine():
-    """Rounding depends on the processor and on torch; elsewhere the numbers agree roughly."""
+    """Rounding depends on the processor and on torch."""
     return (GOLDEN["torch"], GOLDEN["capability"]) == (str(torch.__version__),
                                                        torch.backends.cpu.get_cpu_capability())
 
 
 def assert_golden(name, out):
-    """Losses and gradient norms: bit for bit on one machine and torch, else within 1 %."""
+    """Losses and gradient norms: bit for bit on one machine and torch, else roughly.
+
+    Elsewhere a ReLU's input of 1e-7 may be below zero, and from there two runs part: SimCLR's by
+    8 % of the gradient's norm.  So only the start is held tightly.
+    """
     log = log_lines(out)
     for term, expected in GOLDEN["runs"][name].items():
         values = [line[term] for line in log]
         if same_machine():
             assert values == expected, term
         else:
-            assert values == pytest.approx(expected, rel=0.01), term
+            assert values[:4] == pytest.approx(expected[:4], rel=0.001), term
+            assert values == pytest.approx(expected, rel=0.2), term
 
 
 @pytest.mark.parametrize("kind", ["whole", pytest.param("parts", marks=pytest.mark.slow)])
