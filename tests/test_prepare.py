@@ -386,8 +386,9 @@ def test_a_pack_that_is_stopped_resumes(tmp_path, run, number):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches all processes too
-    status, _, error = finish(process)
-    assert status == (1 if number == signal.SIGINT else -9) and "Traceback" not in error
+    status, printed, error = finish(process)
+    assert status == (1 if number == signal.SIGINT else -9), printed + error
+    assert "Traceback" not in error
     assert "resumes" in data.Pairs([str(out)]).warnings[0]
     times = {path: path.stat().st_mtime_ns for path in shards.find_shards(out)}
     run(*command)
