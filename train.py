@@ -57,7 +57,7 @@ class TrainConfig:
     mask: str = flag("block", "block or random: which patches are hidden")               # ours
     mask_ratio: float = flag(0.75, "share of the patches that is hidden")                # paper
     codewords: int = flag(0, "K of the online tokenizer; 0: the model's")
-    distill_weight: float = flag(0.05, "lambda, of masked self-distillation")            # paper
+    distill_weight: float = flag(1.0, "lambda, of masked self-distillation")  # ours; paper: 0.05
     mlm_weight: float = flag(0.05, "beta, of masked language modelling")                 # paper
     ema_start: float = flag(0.999, "momentum of the teacher at the first step ...")      # BootMAE
     ema_end: float = flag(0.9999, "... and at the last; linear between")                 # BootMAE
@@ -78,7 +78,7 @@ class TrainConfig:
     beta2: float = 0.98             # SLIP recipe
     crop_min: float = 0.5           # SLIP recipe: smallest share of the picture in a random crop
     mlm_ratio: float = 0.2          # paper: share of a caption's tokens that is masked
-    pixel_weight: float = 0.05      # our choice for CLIP+MAE: lambda's value
+    pixel_weight: float = 0.05      # our choice for CLIP+MAE: the paper's lambda
     simclr_weight: float = 1.0      # SLIP, where it stands next to the MEAN of L_I and L_T
     depth: int = 0                  # blocks of the image tower; 0: the model's (paper: 12)
     text_decoder_depth: int = -1    # -1: the model's (paper: 4)

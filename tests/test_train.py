@@ -70,7 +70,7 @@ def assert_golden(name, out):
 def test_the_first_twenty_steps_are_those_of_the_golden_file(tmp_path, method, kind):
     draw_pairs(tmp_path / "pairs", 160)
     run_training(tmp_path / "pairs", tmp_path / "run", method=method, epochs=2, batch_size=16,
-                 micro_batch=8 if kind == "parts" else 0)
+                 distill_weight=0.05, micro_batch=8 if kind == "parts" else 0)
     assert_golden(f"{method} {kind}", tmp_path / "run")
 
 
@@ -79,7 +79,7 @@ def test_the_first_twenty_steps_on_two_ranks_are_those_of_the_golden_file(tmp_pa
     draw_pairs(tmp_path / "pairs", 160)
     on_two_ranks(train_small, [
         dict(shards=str(tmp_path / "pairs"), out=str(tmp_path / method), method=method, epochs=2,
-             batch_size=16) for method in METHODS], tmp_path)
+             batch_size=16, distill_weight=0.05) for method in METHODS], tmp_path)
     for method in METHODS:
         assert_golden(f"{method} ranks", tmp_path / method)
 
