@@ -2,7 +2,7 @@
 
     python train.py                                       # the drawn demo world, minutes
     python train.py --data FOLDER_OF_SHARDS --recipe cc3m
-    torchrun --nproc_per_node=8 train.py --data yfcc15m   # the paper's run
+    torchrun --nproc_per_node=8 train.py --data yfcc15m   # the full run
 
 The loop is `train`, below; read it first.  Ideas: nanoGPT (a plain loop, schedules as functions of
 the step), DINO (a teacher outside DDP and the optimiser), GradCache (a contrastive batch in parts),
