@@ -16,19 +16,32 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate
 from support import testsets
+from support.runtime import run_program
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("folder", help="pictures and karpathy.json")
-parser.add_argument("split", choices=["val", "test"])
-parser.add_argument("checkpoints", nargs="+")
-args = parser.parse_args()
-paths, texts, owners = testsets.karpathy(args.folder, args.split)
-right = torch.arange(len(paths))[:, None] == torch.tensor(owners)    # (pictures, captions)
-for checkpoint in args.checkpoints:
-    model, tokenizer = evaluate.load_model(checkpoint)
-    images = F.normalize(evaluate.encode_images(model.encode_image, paths, model), dim=1)
-    similarity = images @ evaluate.encode_texts(model, tokenizer, texts).T
-    i2t = 1 + evaluate.count_ahead(similarity, right)
-    t2i = 1 + evaluate.count_ahead(similarity.T, right.T)
-    print(f"{checkpoint}: log2 rank I2T {i2t.log2().mean():.2f}, T2I {t2i.log2().mean():.2f}",
-          flush=True)
+
+def print_ranks(folder, split, checkpoints):
+    """A line for each checkpoint.  Raises OSError, ValueError."""
+    paths, texts, owners = testsets.karpathy(folder, split)
+    right = torch.arange(len(paths))[:, None] == torch.tensor(owners)    # (pictures, captions)
+    for checkpoint in checkpoints:
+        model, tokenizer = evaluate.load_model(checkpoint)
+        images = F.normalize(evaluate.encode_images(model.encode_image, paths, model), dim=1)
+        similarity = images @ evaluate.encode_texts(model, tokenizer, texts).T
+        i2t = 1 + evaluate.count_ahead(similarity, right)
+        t2i = 1 + evaluate.count_ahead(similarity.T, right.T)
+        print(f"{checkpoint}: log2 rank I2T {i2t.log2().mean():.2f}, T2I {t2i.log2().mean():.2f}",
+              flush=True)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="pictures and karpathy.json")
+    parser.add_argument("split", choices=["val", "test"])
+    parser.add_argument("checkpoints", nargs="+")
+    args = parser.parse_args()
+    run_program("ranks.py", lambda: print_ranks(args.folder, args.split, args.checkpoints))
+
+
+if __name__ == "__main__":
+    main()
